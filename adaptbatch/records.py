@@ -1,0 +1,119 @@
+"""The letters between the rooms: plain frozen records of floats and ints.
+
+probe --Measurement--> noise --NoiseEstimate--> rules (with Progress) --Decision--> controller
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Reason = Literal[
+    "hold",
+    "grow",
+    "shrink",
+    "at_max",
+    "at_min",
+    "growth_limited",
+    "undecided",
+    "signal_lost",
+    "noise_floor",
+    "nonfinite",
+    "guard",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What the probe heard in one window: ``K`` cells (micro-batches) with weights ``w_c`` and mean gradients ``g_c``.
+
+    Attributes:
+        weighted_sq_norms: ``Q = sum_c w_c |g_c|^2`` [g^2 example].
+        batch_sq_norm: ``|g|^2`` of the weighted mean gradient ``g = sum_c w_c g_c / n`` [g^2].
+        global_batch: ``n = sum_c w_c`` [examples, or tokens].
+        cells: ``K``.
+    """
+
+    weighted_sq_norms: float
+    batch_sq_norm: float
+    global_batch: float
+    cells: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether both squared norms are finite; a window where they are not is evidence of nothing."""
+        return math.isfinite(self.weighted_sq_norms) and math.isfinite(self.batch_sq_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseEstimate:
+    """Signal and noise of the gradient, unbiased and never clipped: either may be negative.
+
+    Attributes:
+        grad_sq_norm: Estimate of ``|G|^2`` [g^2].
+        noise_trace: Estimate of ``tr(Sigma)``, per example [g^2 example].
+        var_grad_sq_norm: Variance of ``grad_sq_norm`` [g^4]; NaN where a single window cannot tell.
+        var_noise_trace: Variance of ``noise_trace`` [g^4 example^2].
+        covariance: Covariance of the two [g^4 example].
+        degrees_of_freedom: ``K - 1`` of one window, or their decayed sum.
+        effective_windows: ``(sum w)^2 / sum w^2``: how many equal windows the pooled evidence is worth.
+    """
+
+    grad_sq_norm: float
+    noise_trace: float
+    var_grad_sq_norm: float = math.nan
+    var_noise_trace: float = math.nan
+    covariance: float = math.nan
+    degrees_of_freedom: float = 0.0
+    effective_windows: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where the training stands when the next window's size is decided.
+
+    Attributes:
+        window: Finished windows, skipped ones included; the index of the window to come.
+        examples_seen: Sum of all weights so far [examples].
+        accumulation_steps: ``k`` of the window that just ended.
+        cell_examples: ``b``, the examples of one micro-batch on one rank; NaN before the first window.
+        world_size: ``W``, the ranks; a window holds ``n = k b W`` examples.
+        examples_since_change: Examples since ``k`` last changed; infinite if it never did.
+        population: Examples in the data set, or infinity.
+        finite: Whether the last window's gradients were finite.
+    """
+
+    window: int = 0
+    examples_seen: float = 0.0
+    accumulation_steps: int = 1
+    cell_examples: float = math.nan
+    world_size: int = 1
+    examples_since_change: float = math.inf
+    population: float = math.inf
+    finite: bool = True
+
+    @property
+    def step_examples(self) -> float:
+        """``b W``: the examples that one more accumulation step adds."""
+        return self.cell_examples * self.world_size
+
+    @property
+    def global_batch(self) -> float:
+        """``n = k b W`` of the window that just ended, had it been a full one [examples]."""
+        return self.accumulation_steps * self.step_examples
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The next window's size and why.
+
+    Attributes:
+        accumulation_steps: ``k`` of the next window.
+        target_batch: The batch the rule wants, unrounded and unlimited [examples]; may be infinite, NaN if unknown.
+        reason: One of the words of :data:`Reason`.
+    """
+
+    accumulation_steps: int
+    target_batch: float
+    reason: Reason

@@ -1,0 +1,293 @@
+"""noise.py against its slow twins, and its statistical promises against their own standard errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, astuple, replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from adaptbatch import Measurement, NoiseEstimate, NoiseTracker, noise
+from tests import reference
+
+SIZES = {"equal": [16.0] * 4, "partial last": [64.0, 64.0, 64.0, 17.0], "very unequal": [100.0, 10.0, 5.0]}
+positive = st.floats(1e-3, 1e3)
+gradients = st.integers(2, 6).flatmap(
+    lambda cells: st.lists(st.lists(st.floats(-10, 10), min_size=3, max_size=3), min_size=cells, max_size=cells)
+)
+
+
+def draw_window(rng: np.random.Generator, sizes: list[float], mean: np.ndarray, spread: np.ndarray) -> Measurement:
+    """Cells of Gaussian examples: means with covariance ``diag(spread^2) / w_c``."""
+    return reference.measurement([(w, mean + spread * rng.standard_normal(len(mean)) / math.sqrt(w)) for w in sizes])
+
+
+class TestEstimate:
+    @given(gradients, st.data())
+    def test_equals_the_sum_of_squared_deviations(self, rows, data):
+        weights = data.draw(st.lists(positive, min_size=len(rows), max_size=len(rows)))
+        cells = [(w, np.array(row)) for w, row in zip(weights, rows, strict=True)]
+        trace, signal = reference.anova(cells, population=1e5)
+        pair = noise.estimate(reference.measurement(cells), population=1e5)
+        scale = max(w * float(g @ g) for w, g in cells) + 1.0
+        assert pair.noise_trace == pytest.approx(trace, abs=1e-11 * scale * len(cells))
+        assert pair.grad_sq_norm == pytest.approx(signal, rel=1e-9, abs=1e-11 * scale * len(cells) / min(weights))
+
+    def test_examples_as_cells_give_the_sample_moments(self):
+        rows = np.random.default_rng(0).standard_normal((50, 7)) + 0.3
+        trace, signal = reference.exact_moments(rows)
+        pair = noise.estimate(reference.measurement([(1.0, row) for row in rows]), population=50)
+        assert pair.noise_trace == pytest.approx(trace, rel=1e-12)
+        # The whole population has no standard error: |g|^2 is |G_N|^2 itself.
+        assert pair.grad_sq_norm == pytest.approx(signal, rel=1e-12)
+
+    @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+    def test_unbiased_for_any_sizes(self, sizes):
+        rng = np.random.default_rng(1)
+        mean, spread = np.array([1.0, -0.5, 0.2, 0.0, 0.0]), np.array([3.0, 2.0, 1.0, 4.0, 0.5])
+        pairs = [noise.estimate(draw_window(rng, sizes, mean, spread)) for _ in range(20_000)]
+        for found, truth in (
+            ([pair.noise_trace for pair in pairs], float(spread @ spread)),
+            ([pair.grad_sq_norm for pair in pairs], float(mean @ mean)),
+        ):
+            error = np.std(found, ddof=1) / math.sqrt(len(found))
+            assert abs(np.mean(found) - truth) < 5 * error
+            # A twin that treats unequal cells as equal must not pass: the tolerance is tight enough to tell.
+            assert 5 * error < 0.2 * truth
+
+    def test_unbiased_without_replacement(self):
+        rng = np.random.default_rng(2)
+        rows = rng.standard_normal((60, 4)) * [2.0, 1.0, 0.5, 3.0] + [0.5, 0.2, 0.0, 0.0]
+        trace, signal = reference.exact_moments(rows)
+        with_correction, without = [], []
+        for _ in range(8_000):
+            cells = [(float(len(part)), part.mean(axis=0)) for part in np.split(rng.permutation(rows)[:45], [20, 40])]
+            window = reference.measurement(cells)
+            with_correction.append(noise.estimate(window, population=60))
+            without.append(noise.estimate(window).grad_sq_norm)
+        for found, truth in (
+            ([pair.noise_trace for pair in with_correction], trace),
+            ([pair.grad_sq_norm for pair in with_correction], signal),
+        ):
+            error = np.std(found, ddof=1) / math.sqrt(len(found))
+            assert abs(np.mean(found) - truth) < 5 * error
+        error = np.std(without, ddof=1) / math.sqrt(len(without))
+        assert np.mean(without) < signal - 5 * error
+
+    @given(gradients, st.floats(0.1, 10))
+    def test_scaling_and_order(self, rows, factor):
+        cells = [(float(i + 1), np.array(row)) for i, row in enumerate(rows)]
+        assume(max(float(np.abs(g).max()) for _, g in cells) > 1e-3)
+        pair = noise.estimate(reference.measurement(cells))
+        scaled = noise.estimate(reference.measurement([(w, factor * g) for w, g in cells]))
+        shuffled = noise.estimate(reference.measurement(cells[::-1]))
+        size = sum(w * float(g @ g) for w, g in cells)
+        for name in ("noise_trace", "grad_sq_norm"):
+            assert getattr(scaled, name) == pytest.approx(factor**2 * getattr(pair, name), abs=1e-11 * factor**2 * size)
+            assert getattr(shuffled, name) == pytest.approx(getattr(pair, name), abs=1e-11 * size)
+
+    def test_one_cell_is_no_evidence(self):
+        pair = noise.estimate(Measurement(4.0, 2.0, 2.0, cells=1))
+        assert math.isnan(pair.noise_trace)
+        assert math.isnan(pair.grad_sq_norm)
+        assert pair.degrees_of_freedom == 0
+
+
+class TestReadings:
+    pair = NoiseEstimate(grad_sq_norm=4.0, noise_trace=100.0)
+
+    @given(st.floats(1.0, 1e6), st.floats(0.05, 20), st.floats(1.0, 1e6))
+    def test_required_batch_has_exactly_this_error(self, trace, theta, population):
+        pair = NoiseEstimate(grad_sq_norm=4.0, noise_trace=trace)
+        n = noise.required_batch(pair, theta, population)
+        assert 0 < n <= population
+        assert noise.relative_error(pair, n, population) == pytest.approx(theta, rel=1e-6) or n > 0.999999 * population
+
+    @given(st.floats(0.1, 10), st.floats(1.01, 3))
+    def test_required_batch_decreases_in_theta(self, theta, factor):
+        assert noise.required_batch(self.pair, theta * factor) < noise.required_batch(self.pair, theta)
+
+    @pytest.mark.parametrize("theta", [0.0, -1.0, math.nan])
+    def test_required_batch_refuses(self, theta):
+        with pytest.raises(ValueError, match=r"theta must be positive, got theta = "):
+            noise.required_batch(self.pair, theta)
+
+    @pytest.mark.parametrize("signal", [0.0, -1.0])
+    def test_lost_signal_reads_as_infinite(self, signal):
+        lost = NoiseEstimate(grad_sq_norm=signal, noise_trace=100.0)
+        assert noise.noise_scale(lost) == noise.relative_error(lost, 10.0) == math.inf
+        assert noise.required_batch(lost, 1.0) == math.inf
+        assert noise.required_batch(lost, 1.0, population=60_000) == 60_000
+
+    def test_no_evidence_reads_as_nan(self):
+        nothing = NoiseEstimate(math.nan, math.nan)
+        readings = (noise.noise_scale(nothing), noise.relative_error(nothing, 10.0), noise.required_batch(nothing, 1.0))
+        assert all(map(math.isnan, readings + noise.noise_scale_interval(nothing)))
+
+    def test_a_negative_trace_reads_as_no_noise(self):
+        quiet = NoiseEstimate(grad_sq_norm=4.0, noise_trace=-1e-9)
+        assert noise.standard_error(quiet, 10.0) == noise.noise_scale(quiet) == 0.0
+
+    @given(st.floats(0.1, 1e4), st.floats(-10, 100), st.floats(0.1, 10), st.floats(1, 1e4), st.floats(-0.95, 0.95))
+    def test_excess_error_is_the_linear_statistic(self, trace, signal, theta, n, r):
+        pair = NoiseEstimate(signal, trace, 0.5, 9.0, r * math.sqrt(0.5 * 9.0), effective_windows=20.0)
+        value, error = noise.excess_error(pair, n, theta, population=1e5)
+        a, b = 1 / n - 1 / 1e5, theta**2
+        weights = np.array([a, -b])
+        matrix = np.array([[9.0, pair.covariance], [pair.covariance, 0.5]])
+        assert value == pytest.approx(a * trace - b * signal, rel=1e-9, abs=1e-9)
+        assert error == pytest.approx(math.sqrt(weights @ matrix @ weights), rel=1e-6)
+
+
+class TestInterval:
+    @given(
+        st.floats(0.0, 1e3),
+        st.floats(-3, 30),
+        positive,
+        positive,
+        st.floats(-0.99, 0.99),
+        st.floats(2, 100),
+        st.floats(0, 1e4),
+    )
+    def test_holds_exactly_the_ratios_a_t_test_accepts(self, trace, signal, v_s, v_t, r, windows, ratio):
+        pair = NoiseEstimate(signal, trace, v_s, v_t, r * math.sqrt(v_s * v_t), effective_windows=windows)
+        low, high = noise.noise_scale_interval(pair)
+        # Next to a limit the two sides differ by rounding only.
+        assume(all(abs(ratio - limit) > 1e-6 * (1 + ratio) for limit in (low, high)))
+        accepted = reference.in_fieller_set(pair, ratio, 0.95)
+        if low <= ratio <= high:
+            # An unbounded set may have a gap of rejected ratios below its lower limit only.
+            assert accepted or low == 0.0
+        else:
+            assert not accepted or ratio < low
+
+    def test_unbounded_when_the_signal_may_be_zero(self):
+        low, high = noise.noise_scale_interval(NoiseEstimate(1.0, 100.0, 1.0, 25.0, 0.0, effective_windows=20))
+        assert high == math.inf
+        assert 0.0 < low < 100.0
+
+    def test_nothing_known_is_the_whole_line(self):
+        assert noise.noise_scale_interval(NoiseEstimate(0.1, 1.0, 1.0, 25.0, 0.0, effective_windows=20)) == (
+            0,
+            math.inf,
+        )
+
+    def test_an_exact_pair_is_a_point(self):
+        low, high = noise.noise_scale_interval(NoiseEstimate(4.0, 100.0, 0.0, 0.0, 0.0, effective_windows=20))
+        assert low == pytest.approx(25.0)
+        assert high == pytest.approx(25.0)
+
+    @pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
+    def test_refuses_a_confidence_outside(self, confidence):
+        with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got confidence = "):
+            noise.noise_scale_interval(NoiseEstimate(1.0, 1.0), confidence)
+
+    @pytest.mark.parametrize("theta_sq", [0.25, 1.0, 4.0])
+    def test_covers_the_truth(self, theta_sq):
+        """95 % intervals from 30 windows of 4 cells; the count's own binomial error is the tolerance."""
+        rng, runs, dimension, batch = np.random.default_rng(3), 1000, 35, 64
+        mean = np.zeros(dimension)
+        mean[0] = 1.0
+        truth = theta_sq * batch
+        spread = np.full(dimension, math.sqrt(truth / dimension))
+        covered = 0
+        for _ in range(runs):
+            tracker = NoiseTracker()
+            cells = mean + spread * rng.standard_normal((30, 4, dimension)) / 4.0
+            sq_norms, means = 16.0 * (cells**2).sum(axis=(1, 2)), (cells.mean(axis=1) ** 2).sum(axis=1)
+            for weighted, squared in zip(sq_norms, means, strict=True):
+                window = Measurement(float(weighted), float(squared), batch, 4)
+                tracker = tracker.update(noise.estimate(window), batch, memory=1e12)
+            low, high = noise.noise_scale_interval(tracker.estimate())
+            covered += low <= truth <= high
+        error = math.sqrt(0.95 * 0.05 / runs)
+        # Reading a negative autocorrelation as zero makes the interval a little wide, never narrow.
+        assert 0.95 - 3 * error < covered / runs < 0.98
+
+
+windows = st.lists(
+    st.tuples(st.floats(0, 100), st.floats(-5, 50), st.integers(0, 8), st.floats(8, 512)), min_size=3, max_size=25
+)
+
+
+class TestTracker:
+    @given(windows, st.floats(100, 1e5))
+    def test_equals_explicit_decayed_weights(self, rows, memory):
+        pairs = [NoiseEstimate(g, s, degrees_of_freedom=df) for s, g, df, _ in rows]
+        batches = [n for *_, n in rows]
+        assume(sum(pair.degrees_of_freedom > 0 for pair in pairs) >= 2)
+        tracker = NoiseTracker()
+        for pair, batch in zip(pairs, batches, strict=True):
+            tracker = tracker.update(pair, batch, memory)
+        found, expected = tracker.estimate(), reference.pooled(pairs, batches, [memory] * len(rows))
+        assume(expected["effective_windows"] > 1.01)
+        r = tracker.autocorrelation()
+        for name, value in expected.items():
+            inflated = value * (1 + r) / (1 - r) if name.startswith(("var", "cov")) else value
+            assert getattr(found, name) == pytest.approx(inflated, rel=1e-6, abs=1e-6)
+
+    def test_a_window_without_a_degree_of_freedom_only_ages(self):
+        known = NoiseTracker().update(NoiseEstimate(1.0, 10.0, degrees_of_freedom=3), 64, 1000)
+        known = known.update(NoiseEstimate(1.5, 12.0, degrees_of_freedom=3), 64, 1000)
+        aged = known.update(NoiseEstimate(math.nan, math.nan), batch=1000.0, memory=1000.0)
+        assert aged.weight == pytest.approx(known.weight / 2)
+        assert aged.estimate().noise_trace == known.estimate().noise_trace
+        assert aged.estimate().effective_windows == pytest.approx(known.estimate().effective_windows)
+
+    def test_follows_a_change_with_its_half_life(self):
+        tracker = NoiseTracker()
+        for trace in [10.0] * 500 + [20.0] * 100:
+            tracker = tracker.update(NoiseEstimate(1.0, trace, degrees_of_freedom=1), batch=10, memory=1000)
+        assert tracker.estimate().noise_trace == pytest.approx(15.0, rel=0.01)
+
+    def test_autocorrelation_of_an_ar1_series(self):
+        """The estimate of r = 0.5 over 4000 windows, within five of its own standard errors sqrt((1 - r^2) / T)."""
+        rng, r, windows = np.random.default_rng(4), 0.5, 4000
+        tracker, e = NoiseTracker(), 0.0
+        for _ in range(windows):
+            e = r * e + math.sqrt(1 - r * r) * rng.standard_normal()
+            tracker = tracker.update(NoiseEstimate(4.0, 100.0 + 5.0 * e, degrees_of_freedom=3), 64, 1e12)
+        assert tracker.autocorrelation() == pytest.approx(r, abs=5 * math.sqrt((1 - r * r) / windows))
+        white = NoiseTracker()
+        for _ in range(windows):
+            white = white.update(NoiseEstimate(4.0, 100.0 + rng.standard_normal(), degrees_of_freedom=3), 64, 1e12)
+        assert white.autocorrelation() < 5 / math.sqrt(windows)
+
+    def test_nothing_is_clipped_before_averaging(self):
+        tracker = NoiseTracker()
+        for signal in (-3.0, 1.0):
+            tracker = tracker.update(NoiseEstimate(signal, 10.0, degrees_of_freedom=1), 64, 1e12)
+        assert tracker.estimate().grad_sq_norm == pytest.approx(-1.0)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_refuses_a_nonfinite_window(self, bad):
+        with pytest.raises(ValueError, match="window must be finite, got NoiseEstimate"):
+            NoiseTracker().update(NoiseEstimate(bad, 1.0, degrees_of_freedom=1), 64, 1000)
+
+    def test_state_round_trips_and_is_a_value(self):
+        tracker = NoiseTracker().update(NoiseEstimate(1.0, 2.0, degrees_of_freedom=3), 64, 1000)
+        assert NoiseTracker.from_state_dict(tracker.state_dict()) == tracker
+        assert all(type(value) is float for value in tracker.state_dict().values())
+        with pytest.raises(TypeError, match="surplus"):
+            NoiseTracker.from_state_dict(tracker.state_dict() | {"surplus": 1.0})
+
+    def test_no_evidence(self):
+        pair = NoiseTracker().estimate()
+        assert math.isnan(pair.noise_trace)
+        assert pair.effective_windows == 0.0
+        single = NoiseTracker().update(NoiseEstimate(1.0, 2.0, degrees_of_freedom=3), 64, 1000).estimate()
+        assert (single.grad_sq_norm, single.noise_trace) == (1.0, 2.0)
+        assert math.isnan(single.var_noise_trace)
+
+
+def test_records_are_plain_values():
+    window = Measurement(1.0, 2.0, 3.0, 4)
+    assert replace(window) == window
+    assert hash(window) == hash(replace(window))
+    assert asdict(window) == dict(zip(Measurement.__dataclass_fields__, astuple(window), strict=True))
+    assert not Measurement(math.inf, 2.0, 3.0, 4).finite
+    with pytest.raises(AttributeError):
+        window.cells = 5  # type: ignore[misc]
