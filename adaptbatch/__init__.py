@@ -1,0 +1,29 @@
+"""Batch size that adapts to gradient noise.
+
+The house: ``probe`` hears gradients, ``noise`` weighs noise against signal, ``rules`` decides, ``controller`` acts.
+"""
+
+from adaptbatch.controller import BatchController
+from adaptbatch.history import History
+from adaptbatch.noise import NoiseTracker
+from adaptbatch.records import Decision, Measurement, NoiseEstimate, Progress
+from adaptbatch.rules import Fixed, Limits, Ramp, RelativeStandardError, Replay, Rule, decide
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BatchController",
+    "Decision",
+    "Fixed",
+    "History",
+    "Limits",
+    "Measurement",
+    "NoiseEstimate",
+    "NoiseTracker",
+    "Progress",
+    "Ramp",
+    "RelativeStandardError",
+    "Replay",
+    "Rule",
+    "decide",
+]

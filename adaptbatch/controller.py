@@ -1,0 +1,495 @@
+"""The companion of a training loop: hears the micro-batches, normalises, steps, records and sizes the next window."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from adaptbatch import noise
+from adaptbatch.history import History
+from adaptbatch.probe import (
+    GradientProbe,
+    all_gradients_finite,
+    batch_gradient_sq_norm,
+    divide_gradients_,
+)
+from adaptbatch.records import Decision, NoiseEstimate, Progress
+from adaptbatch.rules import Limits, RelativeStandardError, Rule, decide
+from adaptbatch.window import FinishedWindow, HostCopy, OpenWindow
+
+STATE_VERSION = 1
+
+Item = TypeVar("Item")
+
+
+class BatchController:
+    """Chooses the accumulation steps of every window from the measured gradient noise.
+
+    It wraps nothing: model, optimizer and loader stay what they are. Between two optimizer steps, a *window*, it takes
+    ``k`` micro-batches of any sizes, and ``.grad`` becomes exactly the weighted mean over the window's examples, for
+    every ``k``. The next ``k`` is decided by ``rule`` from finished windows only.
+
+    Args:
+        model: The module being trained, in a single process.
+        optimizer: Its optimizer; the trainable parameters in its groups are measured.
+        rule: Any :class:`~adaptbatch.rules.Rule`; None is ``RelativeStandardError()``.
+        limits: Bounds on ``k``; None is ``Limits()``.
+        population: Examples in the data set, when batches are drawn from it without replacement and its own gradient
+            is the target (finite-population correction); in the unit of the weights. None: unlimited.
+        skip_nonfinite: Leave out a step whose gradients are not finite (one host read before each step). With False
+            the step is taken as in a plain loop, and on a GPU the numbers reach the host, hence the decision, one
+            window late.
+
+    Raises:
+        ValueError: If nothing is trainable, ``population`` is below 1, or ``limits`` do not fit the rule.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> data = [torch.randn(8, 3) for _ in range(6)]
+        >>> with BatchController(model, optimizer, limits=Limits(max_steps=4)) as controller:
+        ...     for x in controller.micro_batches(data):
+        ...         controller.backward(model(x).square().mean(), weight=len(x))
+        ...         if controller.step_due:
+        ...             decision = controller.step()
+        >>> controller.history.to_pandas()["accumulation_steps"].tolist()
+        [2, 2, 2]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        rule: Rule | None = None,
+        limits: Limits | None = None,
+        population: float | None = None,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        _require_single_process(model)
+        if population is not None and not population >= 1.0:
+            raise ValueError(
+                f"population must be at least 1 example, got population = {population!r}; None: unlimited."
+            )
+        self.model = model
+        self.optimizer = optimizer
+        self.rule: Rule = RelativeStandardError() if rule is None else rule
+        self.limits = (Limits() if limits is None else limits).resolve(self.rule, world_size=1)
+        self.history = History(self._settle)
+        self._skip_nonfinite = skip_nonfinite
+        self._probe = GradientProbe()
+        self._parameters: list[Parameter] = []
+        self._in_model: set[int] = set()
+        self._started = time.perf_counter()
+        self._closed = False
+        self._tracker = noise.NoiseTracker()
+        self._optimizer_step = 0
+        self._backward_passes = 0
+        self._changed_at = -math.inf
+        self._late: FinishedWindow | None = None
+        self._window = OpenWindow()
+        self._last_micro_batch = False
+        self._scope_used: bool | None = None
+        self._progress = Progress(population=math.inf if population is None else float(population))
+        self._attach()
+        # On a GPU without the check before the step, nothing may wait for this window's numbers.
+        self._read_late = not skip_nonfinite and self._parameters[0].device.type == "cuda"
+        self._accumulation_steps = self._first_size()
+
+    @property
+    def accumulation_steps(self) -> int:
+        """``k`` of the window that is open or comes next."""
+        return self._accumulation_steps
+
+    @property
+    def step_due(self) -> bool:
+        """Whether the window has all its micro-batches and :meth:`step` is the next call."""
+        return self._window.due
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def micro_batches(self, loader: Iterable[Item]) -> Iterator[Item]:
+        """Iterate over ``loader``, one item ahead, so that its last item closes the last, possibly partial, window."""
+        items = iter(loader)
+        missing = object()
+        upcoming: Any = next(items, missing)
+        try:
+            while upcoming is not missing:
+                item, upcoming = upcoming, next(items, missing)
+                self._last_micro_batch = upcoming is missing
+                self._scope_used = False
+                yield item
+        finally:
+            self._last_micro_batch, self._scope_used = False, None
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """The scope of one micro-batch, forward and backward: at most one :meth:`backward` inside.
+
+        Raises:
+            RuntimeError: If scopes are nested.
+        """
+        if self._scope_used is not None:
+            raise RuntimeError(
+                "micro_batch() scopes must not be nested; micro_batches(loader) opens one for each item."
+            )
+        self._scope_used = False
+        try:
+            yield
+        finally:
+            self._scope_used = None
+
+    def backward(self, loss: Tensor, weight: float) -> None:
+        """Back-propagate one micro-batch and hear its gradient.
+
+        Args:
+            loss: Mean loss over the micro-batch; a scalar with a graph.
+            weight: Examples (or tokens) that the mean is over; a positive Python number.
+
+        Raises:
+            ValueError: If ``loss`` or ``weight`` is not of that kind.
+            RuntimeError: If a step is due, the micro-batch had its backward, gradients are left from before the
+                window, the optimizer does not hold the model's parameters, or no gradient arrived. After an error
+                within the backward pass the window's gradients are incomplete: :meth:`discard_window`.
+        """
+        self._require_open()
+        weight = _checked_weight(weight)
+        _require_scalar_loss(loss)
+        if self._window.broken:
+            raise RuntimeError(
+                "the window's last backward() failed and its gradients are incomplete; discard_window()."
+            )
+        if self._window.due:
+            raise RuntimeError("a step is due: call step() before the next backward().")
+        if self._scope_used:
+            raise RuntimeError(
+                "one micro-batch takes one backward(): add its losses, or open a micro_batch() for each."
+            )
+        if self._window.cells == 0:
+            self._open_window(weight)
+        window = self._window
+        scale = weight / window.reference
+        window.broken = True
+        with self._probe.listening():
+            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
+        sq_norm = self._probe.take_sq_norm()
+        window.broken = False
+        window.add(sq_norm, loss.detach(), weight)
+        self._backward_passes += 1
+        if self._scope_used is not None:
+            self._scope_used = True
+        window.due = self._last_micro_batch or window.cells >= self._accumulation_steps
+
+    def close_window(self) -> None:
+        """End the window with the micro-batches it has; ``step_due`` is true afterwards.
+
+        Raises:
+            RuntimeError: If the window is empty.
+        """
+        if self._window.cells == 0:
+            raise RuntimeError("close_window() needs a micro-batch in the window, got none; there is nothing to step.")
+        self._window.due = True
+
+    def discard_window(self) -> None:
+        """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""
+        self.optimizer.zero_grad()
+        self._window = OpenWindow()
+
+    def normalize_(self) -> Tensor:
+        """Turn the accumulated gradients into the exact weighted mean, once; then is the time to clip.
+
+        Returns:
+            The norm of that mean gradient, before clipping: a scalar on the device.
+
+        Raises:
+            RuntimeError: If no step is due.
+        """
+        self._require_due("normalize_()")
+        window = self._window
+        if window.batch_sq_norm is None:
+            divide_gradients_(self._parameters, window.weight / window.reference)
+            window.batch_sq_norm = batch_gradient_sq_norm(self._parameters)
+        return window.batch_sq_norm.sqrt()
+
+    def step(self) -> Decision:
+        """Normalise if that is not done, take the optimizer step, clear the gradients, record, choose the next ``k``.
+
+        Returns:
+            The decision for the next window.
+
+        Raises:
+            RuntimeError: If no step is due.
+        """
+        self._require_due("step()")
+        self.normalize_()
+        window, skipped = self._window.finished(self.optimizer.param_groups[0]["lr"]), False
+        if self._skip_nonfinite and not window.measurement.finite:
+            # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
+            skipped = not all_gradients_finite(self._parameters)
+        if not skipped:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self._finish(window, skipped)
+
+    # --- the end of a window ------------------------------------------------------------------------------------
+
+    def _finish(self, window: FinishedWindow, skipped: bool) -> Decision:
+        """Count, pool, decide, record: floats only from here on."""
+        heard, self._late = (self._late, window) if self._read_late else (window, None)
+        self._optimizer_step += not skipped
+        seen = self._progress.examples_seen + window.global_batch
+        partial = window.cells < self._accumulation_steps
+        known = not math.isnan(self._progress.cell_examples)
+        progress = replace(
+            self._progress,
+            window=self._progress.window + 1,
+            examples_seen=seen,
+            accumulation_steps=self._accumulation_steps,
+            # A window cut short by the end of the data says little about the size of a micro-batch.
+            cell_examples=self._progress.cell_examples if partial and known else window.global_batch / window.cells,
+            examples_since_change=seen - self._changed_at,
+            finite=heard is None or heard.measurement.finite,
+        )
+        if heard is not None and progress.finite:
+            memory = noise.memory_examples(self.rule.memory, progress.cell_examples, progress.global_batch)
+            pair = noise.estimate(heard.measurement, progress.population)
+            self._tracker = self._tracker.update(pair, heard.global_batch, memory)
+        evidence = self._tracker.estimate()
+        decision = decide(self.rule, evidence, progress, self.limits)
+        if decision.accumulation_steps != self._accumulation_steps:
+            self._changed_at = seen
+        self._progress = progress
+        self._accumulation_steps = decision.accumulation_steps
+        self._record(window, evidence, decision, skipped)
+        if heard is not None:
+            self._amend(heard)
+        self._window = OpenWindow()
+        return decision
+
+    def _record(self, window: FinishedWindow, evidence: NoiseEstimate, decision: Decision, skipped: bool) -> None:
+        low, high = noise.noise_scale_interval(evidence)
+        self.history.append(
+            {
+                "optimizer_step": self._optimizer_step,
+                "examples_seen": self._progress.examples_seen,
+                "backward_passes": self._backward_passes,
+                "wall_seconds": time.perf_counter() - self._started,
+                "accumulation_steps": window.cells,
+                "global_batch": window.global_batch,
+                "target_batch": decision.target_batch,
+                "reason": decision.reason,
+                "loss": math.nan,
+                "grad_sq_norm": math.nan,
+                "noise_trace": math.nan,
+                "noise_scale": noise.noise_scale(evidence),
+                "noise_scale_low": low,
+                "noise_scale_high": high,
+                "relative_error": noise.relative_error(evidence, window.global_batch, self._progress.population),
+                "lr": math.nan,
+                "skipped": skipped,
+            }
+        )
+        window.row = len(self.history) - 1
+
+    def _amend(self, window: FinishedWindow) -> None:
+        """Fill in a row's own measurement once it is on the host."""
+        if window.row is None:
+            return
+        finite = window.measurement.finite
+        pair = noise.estimate(window.measurement, self._progress.population) if finite else _NO_EVIDENCE
+        self.history.amend(
+            window.row,
+            {
+                "loss": window.loss,
+                "lr": window.learning_rate,
+                "grad_sq_norm": pair.grad_sq_norm,
+                "noise_trace": pair.noise_trace,
+            },
+        )
+        window.row = None
+
+    def _settle(self) -> None:
+        if self._late is not None:
+            self._amend(self._late)
+
+    # --- parameters and hooks -----------------------------------------------------------------------------------
+
+    def _open_window(self, weight: float) -> None:
+        self._attach()
+        if any(p.grad is not None for p in self._parameters):
+            raise RuntimeError(
+                "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
+                "(set_to_none=True) first. step() clears them itself."
+            )
+        self._window = OpenWindow(reference=weight)
+
+    def _attach(self) -> None:
+        """Hook the optimizer's trainable parameters, again where they were replaced or (un)frozen."""
+        parameters = list(
+            dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
+        )
+        if not parameters:
+            raise ValueError("optimizer must hold at least one parameter with requires_grad=True, got none to train.")
+        present = {id(p) for p in self.model.parameters()}
+        if any(id(p) in self._in_model and id(p) not in present for p in parameters):
+            raise RuntimeError(
+                "the optimizer holds parameters that the model no longer has, as after load_state_dict(assign=True): "
+                "its steps would train nothing. Put the model's new parameters into optimizer.param_groups."
+            )
+        self._probe.attach(parameters)
+        self._parameters, self._in_model = parameters, present
+
+    def close(self) -> None:
+        """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""
+        if self._closed:
+            return
+        self._settle()
+        self._probe.close()
+        self._closed = True
+        if self._window.cells:
+            warnings.warn(
+                f"closed with {self._window.cells} micro-batches of an unfinished window in .grad; call close_window() "
+                f"and step() before close() to use them.",
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._window = OpenWindow()
+        self.close()
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next decision depends on, in plain ints, floats and lists; between windows only.
+
+        History rows are not in it (``history.to_parquet()`` keeps them); their numbering goes on after a load.
+
+        Raises:
+            RuntimeError: If a window is open: its gradients live in ``.grad``, which no checkpoint of model and
+                optimizer holds.
+        """
+        self._require_between_windows("state_dict()")
+        late = None
+        if self._late is not None:
+            late = [self._late.global_batch, float(self._late.cells), *self._late.values.read()]
+        return {
+            "version": STATE_VERSION,
+            "accumulation_steps": self._accumulation_steps,
+            "optimizer_step": self._optimizer_step,
+            "backward_passes": self._backward_passes,
+            "wall_seconds": time.perf_counter() - self._started,
+            "window": self._progress.window,
+            "examples_seen": self._progress.examples_seen,
+            "cell_examples": self._progress.cell_examples,
+            "changed_at": self._changed_at,
+            "tracker": self._tracker.state_dict(),
+            "late_window": late,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, to the last bit.
+
+        Raises:
+            ValueError: If the version or a key is unknown, or a key is missing; nothing is changed then.
+            RuntimeError: If a window is open.
+        """
+        self._require_between_windows("load_state_dict()")
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"state must have version {STATE_VERSION}, got version = {state.get('version')!r}; it was saved by "
+                f"another release of adaptbatch, load it with that one."
+            )
+        tracker = state.get("tracker", {})
+        _require_keys("state", state, self.state_dict().keys())
+        _require_keys("state['tracker']", tracker, {field.name for field in fields(noise.NoiseTracker)})
+        self._tracker = noise.NoiseTracker.from_state_dict(tracker)
+        self._accumulation_steps = int(state["accumulation_steps"])
+        self._optimizer_step = int(state["optimizer_step"])
+        self._backward_passes = int(state["backward_passes"])
+        self._started = time.perf_counter() - float(state["wall_seconds"])
+        self._changed_at = float(state["changed_at"])
+        self._progress = replace(
+            self._progress,
+            window=int(state["window"]),
+            examples_seen=float(state["examples_seen"]),
+            cell_examples=float(state["cell_examples"]),
+        )
+        late = state["late_window"]
+        self._late = None if late is None else FinishedWindow(late[0], int(late[1]), HostCopy.of(late[2:]))
+
+    # --- refusals -----------------------------------------------------------------------------------------------
+
+    def _first_size(self) -> int:
+        start = replace(self._progress, accumulation_steps=self.limits.lower)
+        return decide(self.rule, _NO_EVIDENCE, start, self.limits).accumulation_steps
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the controller is closed and hears nothing; make a new one to go on training.")
+
+    def _require_due(self, call: str) -> None:
+        self._require_open()
+        if not self._window.due:
+            raise RuntimeError(
+                f"{call} is early: the window has {self._window.cells} of {self._accumulation_steps} micro-batches; "
+                f"wait for step_due, or end it with close_window()."
+            )
+
+    def _require_between_windows(self, call: str) -> None:
+        if self._window.cells or self._window.broken:
+            raise RuntimeError(
+                f"{call} is for between windows, got one with {self._window.cells} of {self._accumulation_steps} "
+                f"micro-batches, whose gradients a checkpoint would lose; call it right after step()."
+            )
+
+
+_NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
+
+
+def _require_single_process(model: nn.Module) -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            f"model must be trained by a single process, got a world of {torch.distributed.get_world_size()} ranks "
+            f"({type(model).__name__}); this release measures one process."
+        )
+
+
+def _checked_weight(weight: float) -> float:
+    if isinstance(weight, Tensor):
+        raise ValueError(
+            "weight must be a Python number, got a tensor: reading it would stall the device; pass len(x)."
+        )
+    if isinstance(weight, bool) or not (0.0 < weight < math.inf):
+        raise ValueError(f"weight must be positive and finite, got weight = {weight!r}; skip an empty micro-batch.")
+    return float(weight)
+
+
+def _require_scalar_loss(loss: Tensor) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        kind = (
+            f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
+        )
+        raise ValueError(f"loss must be a scalar tensor with a graph, the mean over the micro-batch, got {kind}.")
+
+
+def _require_keys(name: str, given: dict[str, Any], expected: Iterable[str]) -> None:
+    unknown, missing = sorted(given.keys() - set(expected)), sorted(set(expected) - given.keys())
+    if unknown or missing:
+        raise ValueError(f"{name} must have exactly the known keys, got unknown {unknown} and missing {missing}.")

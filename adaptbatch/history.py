@@ -1,0 +1,97 @@
+"""One row per window: what was measured, what was decided and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS: dict[str, str] = {
+    "optimizer_step": "int64",
+    "examples_seen": "float64",
+    "backward_passes": "int64",
+    "wall_seconds": "float64",
+    "accumulation_steps": "int64",
+    "global_batch": "float64",
+    "target_batch": "float64",
+    "reason": "str",
+    "loss": "float64",
+    "grad_sq_norm": "float64",
+    "noise_trace": "float64",
+    "noise_scale": "float64",
+    "noise_scale_low": "float64",
+    "noise_scale_high": "float64",
+    "relative_error": "float64",
+    "lr": "float64",
+    "skipped": "bool",
+}
+
+
+class History:
+    """Rows of decisions, one per window (skipped ones included), in the order of :data:`COLUMNS`.
+
+    ==================  ==========================================================================================
+    optimizer_step      steps taken so far, this one included; a skipped window repeats the number
+    examples_seen       sum of all weights so far [examples]
+    backward_passes     backward passes so far
+    wall_seconds        seconds since the controller was made
+    accumulation_steps  backward passes of this window
+    global_batch        sum of this window's weights ``n`` [examples]
+    target_batch        the batch the rule wants next, unrounded and unlimited [examples]
+    reason              why the next window has its size
+    loss                weighted mean loss of the window
+    grad_sq_norm        this window's unbiased ``|G|^2``; may be negative
+    noise_trace         this window's unbiased ``tr(Sigma)`` [g^2 example]
+    noise_scale         pooled ``B = tr(Sigma) / |G|^2`` [examples], with its 95 % interval ``_low``, ``_high``
+    relative_error      pooled ``sqrt(phi(n) tr(Sigma)) / |G|`` of this window's gradient [1]
+    lr                  learning rate of the first parameter group
+    skipped             whether the step was left out because its gradients were not finite
+    ==================  ==========================================================================================
+
+    NaN where a window holds no evidence (one micro-batch); ``noise_scale_high`` is infinite for an unbounded interval.
+
+    Example:
+        >>> history = History()
+        >>> len(history), list(history.to_pandas().columns)[:3]
+        (0, ['optimizer_step', 'examples_seen', 'backward_passes'])
+    """
+
+    def __init__(self, settle: Callable[[], None] | None = None) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._settle = settle or (lambda: None)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; its keys are exactly :data:`COLUMNS`."""
+        if row.keys() != COLUMNS.keys():
+            raise ValueError(f"row must have exactly the history's columns, differs in {row.keys() ^ COLUMNS.keys()}.")
+        self._rows.append(row)
+
+    def amend(self, index: int, values: dict[str, float]) -> None:
+        """Fill in what reached the host late."""
+        self._rows[index].update(values)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._settle()
+        return iter([dict(row) for row in self._rows])
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} windows)"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """All rows as a DataFrame with the documented types."""
+        import pandas as pd
+
+        rows = list(self)
+        return pd.DataFrame(
+            {name: pd.Series([row[name] for row in rows], dtype=kind) for name, kind in COLUMNS.items()}
+        )
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write all rows to one Parquet file (needs the ``parquet`` extra)."""
+        self.to_pandas().to_parquet(path, index=False)

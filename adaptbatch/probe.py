@@ -1,0 +1,136 @@
+"""The sensor: hooks that hear the gradient of one micro-batch before it is added to ``.grad``.
+
+A tensor hook sees each parameter's micro-batch gradient once per backward, tied uses summed, and keeps only its
+float32 norm: no copy of a gradient, no read by the host. What is heard stays on the device until the window ends.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+
+class GradientProbe:
+    """Squared norms of micro-batch gradients, from one hook on each parameter.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> probe = GradientProbe()
+        >>> probe.attach([weight])
+        >>> with probe.listening():
+        ...     (weight.square().sum() / 2).backward()
+        >>> probe.take_sq_norm().item()
+        25.0
+        >>> probe.close()
+    """
+
+    def __init__(self) -> None:
+        self._parameters: list[Parameter] = []
+        self._handles: list[RemovableHandle] = []
+        self._norms: list[Tensor] = []
+        self._heard: list[int] = []
+        self._open = False
+
+    def attach(self, parameters: Sequence[Parameter]) -> None:
+        """Hook exactly these trainable parameters; a no-op when they are hooked already."""
+        if len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters)):
+            return
+        self.close()
+        self._parameters = list(parameters)
+        self._handles = [p.register_hook(self._hook(index)) for index, p in enumerate(parameters)]  # type: ignore[no-untyped-call]
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        def hear(grad: Tensor) -> None:
+            # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
+            if self._open:
+                self._heard.append(index)
+                self._norms.append(gradient_norm(grad))
+
+        return hear
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to one backward pass; forget what an earlier one left behind."""
+        self._norms.clear()
+        self._heard.clear()
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    def take_sq_norm(self) -> Tensor:
+        """Squared norm of the micro-batch gradient just heard: a float64 scalar on the device, not read.
+
+        Raises:
+            RuntimeError: If no hook was called, or one was called twice: the parts of a gradient that arrive one by
+                one have no norm of their sum.
+        """
+        heard, norms = self._heard.copy(), self._norms.copy()
+        self._heard.clear()
+        self._norms.clear()
+        if not heard:
+            raise RuntimeError(
+                "no hook heard a gradient in this backward pass: the loss does not reach a parameter of the optimizer, "
+                "or gradients bypass autograd (fused accumulation into main_grad)."
+            )
+        if len(set(heard)) != len(heard):
+            raise RuntimeError(
+                "a parameter received its gradient in several parts within one backward pass, as reentrant activation "
+                "checkpointing does for a shared parameter; use checkpoint(..., use_reentrant=False)."
+            )
+        return sum_of_squares(norms)
+
+    def close(self) -> None:
+        """Remove every hook; nothing is left on the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._parameters = [], []
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """Euclidean norm in float32, whatever the gradient's type or layout; duplicate sparse entries are added first."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32)
+    return norm
+
+
+def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
+    """``sum |x_i|^2`` from norms, in float64 where the device has it: float32 overflows above 1e19."""
+    device = norms[0].device
+    stacked = torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
+    return (stacked if device.type == "mps" else stacked.double()).square().sum()
+
+
+def batch_gradient_sq_norm(parameters: Sequence[Parameter]) -> Tensor:
+    """Squared norm of the accumulated gradient, over all parameters that have one."""
+    dense = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    sparse = [p.grad for p in parameters if p.grad is not None and p.grad.is_sparse]
+    norms = list(torch._foreach_norm(dense, 2, torch.float32)) if dense else []
+    return sum_of_squares(norms + [gradient_norm(grad) for grad in sparse])
+
+
+@torch.no_grad()
+def divide_gradients_(parameters: Sequence[Parameter], divisor: float) -> None:
+    """Divide every gradient in place; by 1 it is a no-op, bit for bit."""
+    if divisor == 1.0:
+        return
+    dense = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    if dense:
+        torch._foreach_div_(dense, divisor)
+    for p in parameters:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad.div_(divisor)
+
+
+@torch.no_grad()
+def all_gradients_finite(parameters: Sequence[Parameter]) -> bool:
+    """The exact test, element by element; reads the host, so it is for the rare case only."""
+    grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    return all(bool(torch.isfinite(grad).all()) for grad in grads)
