@@ -1,0 +1,1 @@
+"""Comparative studies of adaptbatch: one results schema, one training loop, arms as values."""

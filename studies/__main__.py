@@ -1,0 +1,90 @@
+"""``python -m studies``: run a study, show its table, write its results and figure."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import tyro
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
+
+from studies import quick as quick_study
+from studies.analysis import summary
+from studies.figures import quick_figure
+from studies.runner import RUNS, provenance, run_all, write_atomically
+
+console = Console()
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def quick(
+    out: Path = RUNS / "quick",
+    seed: int = 0,
+    examples: Annotated[int, tyro.conf.arg(help="training examples of each arm")] = quick_study.TASK.examples,
+    workers: Annotated[int, tyro.conf.arg(help="processes, one thread each")] = 2,
+    fresh: Annotated[bool, tyro.conf.arg(help="run all arms again, stored or not")] = False,
+) -> None:
+    """The main job: four ways to choose the batch, one 80-layer residual VAE on MNIST; finished arms are kept."""
+    started = time.perf_counter()
+    runs = quick_study.runs(seed, examples)
+    if fresh:
+        for run in runs:
+            run.path(out).unlink(missing_ok=True)
+    results = run_all(runs, out, workers)
+    show(summary(results).drop(columns="seed"), "80-layer residual VAE on MNIST, validation loss on a fixed probe set")
+    title = f"80-layer residual VAE on MNIST, {examples:,} examples, seed {seed}"
+    quick_figure(results, out / "figure.png", "adaptive", title, quick_study.MICRO_BATCH)
+    console.print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/schema.py)")
+    console.print(f"figure  {out / 'figure.png'}")
+    console.print(f"took    {time.perf_counter() - started:.0f} s")
+
+
+@app.command
+def overhead(
+    out: Path = RUNS / "overhead",
+    rounds: Annotated[int, tyro.conf.arg(help="windows of each contender")] = 60,
+    windows: Annotated[int, tyro.conf.arg(help="windows for the bias of the estimates")] = 1000,
+) -> None:
+    """What the controller costs and how right it is: time, memory and host reads against peers, bias of estimates."""
+    from studies import accuracy
+    from studies import overhead as study
+
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("windows, interleaved", total=rounds)
+        seconds = study.measure_time(rounds, report=lambda done: bar.update(task, completed=done))
+    times = study.ratios(seconds).merge(study.measure_cost())
+    bias = accuracy.measure(windows)
+    show(
+        times,
+        f"one window: {study.STEPS} micro-batches of {study.MICRO_BATCH}, 80 layers of width {study.WIDTH}, one thread",
+    )
+    show(bias, f"estimates against the exact per-example covariance, {windows} windows")
+    for name, table in (("time", seconds), ("cost", times), ("bias", bias)):
+        table.attrs = {"provenance": provenance()}
+        write_atomically(table, out / f"{name}.parquet")
+    console.print(f"tables  {out}")
+
+
+def show(table: pd.DataFrame, title: str) -> None:
+    """Print a table whose numbers are formatted by their column's kind."""
+    kinds = {"examples": ",.0f", "updates": ",.0f", "mean batch": ",.0f", "spikes": ".0f", "at limits": ".0%"}
+    kinds |= {"lr": ".0e", "seconds": ".0f", "window ms": ".1f", "host reads": ".0f", "extra bytes": ",.0f"}
+    kinds |= {"ratio": ".3f", "ratio low": ".3f", "ratio high": ".3f", "bias %": "+.2f", "bias in SE": "+.2f"}
+    kinds |= {"exact": ".4g", "mean estimate": ".4g"}
+    grid = Table(title=title, title_justify="left")
+    for column in table:
+        grid.add_column(column, justify="left" if column == "arm" else "right")
+    for _, row in table.iterrows():
+        grid.add_row(
+            *(value if isinstance(value, str) else f"{value:{kinds.get(name, '.2f')}}" for name, value in row.items())
+        )
+    console.print(grid)
+
+
+if __name__ == "__main__":
+    app.cli(prog="python -m studies", description=__doc__)

@@ -1,0 +1,151 @@
+"""Figures from the results schema: neither torch nor adaptbatch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+# Okabe and Ito's colours, told apart by all readers.
+ARM_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+REASON_COLOURS = {
+    "grow": "#D55E00",
+    "growth_limited": "#E69F00",
+    "shrink": "#0072B2",
+    "hold": "#C9D6DF",
+    "undecided": "#8C8C8C",
+    "at_min": "#56B4E9",
+    "at_max": "#CC79A7",
+    "signal_lost": "#7B3294",
+    "noise_floor": "#A6761D",
+    "nonfinite": "#000000",
+    "guard": "#F0E442",
+}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 150,
+}
+
+
+def quick_figure(results: pd.DataFrame, path: Path, adaptive: str, title: str, micro_batch: int) -> None:
+    """Loss of every arm, and what the adaptive one measured and did, against examples.
+
+    Args:
+        results: A study's table, one seed.
+        path: PNG to write.
+        adaptive: The arm whose decisions are shown.
+        title: What was trained on what.
+        micro_batch: Examples of one accumulation step, for the axis of ``k``.
+    """
+    with plt.rc_context(STYLE):
+        figure, (top, middle, ribbon) = plt.subplots(
+            3, 1, figsize=(8, 7.2), sharex=True, height_ratios=[3, 3, 0.35], layout="constrained"
+        )
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        _losses(top, results)
+        run = results[results["arm"] == adaptive]
+        _noise(middle, run, adaptive, micro_batch)
+        _reasons(ribbon, run)
+        ribbon.set_xlabel("training examples seen")
+        ribbon.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _losses(axes: Axes, results: pd.DataFrame) -> None:
+    """Validation curves, each named at its end."""
+    ends = []
+    for colour, (arm, run) in zip(ARM_COLOURS, results.groupby("arm", sort=False), strict=False):
+        probed = run.dropna(subset="validation_loss")
+        axes.plot(probed["examples_seen"], probed["validation_loss"], color=colour, lw=1.8)
+        last = probed.iloc[-1]
+        ends.append((last["examples_seen"], last["validation_loss"], f"{arm}: {last['validation_loss']:.1f}", colour))
+    first = results.dropna(subset="validation_loss")["validation_loss"]
+    axes.set_ylim(0.95 * first.min(), min(first.max(), 75.0))
+    _label_ends(axes, ends)
+    axes.set_title("Validation loss on a fixed probe set (squared error + KL, per image)")
+    axes.set_ylabel("validation loss")
+    axes.grid(axis="y", alpha=0.25)
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names beside the curves' ends, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap, place = 0.065 * (high - low), -np.inf
+    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+        place = max(y, place + gap)
+        axes.annotate(
+            text, (x, y), (1.01, (place - low) / (high - low)), "data", "axes fraction", color=colour, va="center"
+        )
+
+
+def _noise(axes: Axes, run: pd.DataFrame, arm: str, micro_batch: int) -> None:
+    """The noise scale with its interval, and the batch that follows it, on one scale of examples."""
+    x = run["examples_seen"]
+    sizes = run["global_batch"].iloc[:-1]
+    finite = run["noise_scale"].replace(np.inf, np.nan)
+    settled = finite.iloc[min(8, len(finite) - 1) :]
+    low, high = 0.7 * min(sizes.min(), settled.quantile(0.02)), 1.6 * max(sizes.max(), settled.max())
+    axes.fill_between(
+        x,
+        run["noise_scale_low"].clip(low, high),
+        run["noise_scale_high"].clip(low, high),
+        color="#009E73",
+        alpha=0.2,
+        lw=0,
+        label="its 95 % interval",
+    )
+    axes.plot(x, finite, color="#009E73", lw=1.4, label="noise scale B = tr(Σ) / |G|²")
+    axes.step(x.iloc[:-1], sizes, where="pre", color="#222222", lw=1.8, label="batch n it used")
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = [tick for tick in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if low <= tick <= high]
+    axes.set_yticks(ticks)
+    axes.minorticks_off()
+    axes.set_ylabel("examples")
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_title(f"What the arm “{arm}” measured, and the batch it chose")
+    axes.legend(loc="upper left", ncols=3)
+    steps = axes.secondary_yaxis("right", functions=(lambda n: n / micro_batch, lambda k: k * micro_batch))
+    steps.set_yscale("log")
+    shown = sorted(set(sizes.div(micro_batch).round().astype(int)))
+    steps.set_yticks(shown if len(shown) <= 8 else shown[:: len(shown) // 8 + 1])
+    steps.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    steps.yaxis.set_minor_formatter(NullFormatter())
+    steps.minorticks_off()
+    steps.set_ylabel("accumulation steps k")
+
+
+def _reasons(axes: Axes, run: pd.DataFrame) -> None:
+    """A ribbon of the decisions' reasons; changes are drawn wider than one window, or they would not be seen."""
+    ends = run["examples_seen"].to_numpy()
+    starts = np.concatenate([[0.0], ends[:-1]])
+    for start, end, reason in zip(starts, ends, run["reason"], strict=True):
+        axes.axvspan(start, end, color=REASON_COLOURS[reason], lw=0)
+    shown = 0.004 * ends[-1]
+    for end, reason in zip(ends, run["reason"], strict=True):
+        if reason in ("grow", "growth_limited", "shrink"):
+            axes.axvspan(end - shown / 2, end + shown / 2, color=REASON_COLOURS[reason], lw=0)
+    axes.set_yticks([])
+    axes.set_ylabel("reason", rotation=0, ha="right", va="center")
+    axes.spines[["left", "bottom"]].set_visible(False)
+    counts = run["reason"].value_counts()
+    handles = [Patch(color=REASON_COLOURS[reason], label=f"{reason} ({count})") for reason, count in counts.items()]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -1.6), ncols=6, handlelength=1.2)

@@ -1,0 +1,141 @@
+"""Runs the arms of a study: in parallel, one thread each, with live progress; finished runs are never run again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import Manager
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import joblib
+import pandas as pd
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from studies import data
+from studies.schema import SCHEMA_VERSION, conform
+from studies.training import Arm, Task, train
+
+RUNS = Path(__file__).parent / "runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm on one seed of one study; its :meth:`identity` decides whether a stored result is this run's."""
+
+    study: str
+    task: Task
+    arm: Arm
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a stored result to be taken as this run's."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "study": self.study,
+            "seed": self.seed,
+            "task": {key: repr(value) for key, value in asdict(self.task).items()},
+            "arm": {"name": self.arm.name, "rule": repr(self.arm.rule), "lr": self.arm.lr}
+            | {"warmup_examples": self.arm.warmup_examples, "max_steps": self.arm.max_steps},
+            "data_sha256": data.SOURCES[self.task.data].sha256,
+            "adaptbatch": importlib.metadata.version("adaptbatch"),
+        }
+
+    def path(self, folder: Path) -> Path:
+        """Where its table is kept."""
+        return folder / "runs" / f"{self.arm.name.replace(' ', '-')}-{self.seed}.parquet"
+
+    def stored(self, folder: Path) -> pd.DataFrame | None:
+        """Its finished table, or None if there is none or it is another configuration's."""
+        path = self.path(folder)
+        if not path.is_file():
+            return None
+        table = pd.read_parquet(path)
+        return table if table.attrs.get("identity") == json.loads(json.dumps(self.identity())) else None
+
+    def execute(self, folder: Path, progress: Queue[tuple[str, float]] | None = None) -> None:
+        """Train and store, in one atomic move: a table exists whole or not at all."""
+        import torch
+
+        torch.set_num_threads(1)
+        report = (lambda seen: progress.put((self.arm.name, seen))) if progress is not None else (lambda seen: None)
+        table = train(self.task, self.arm, self.seed, study=self.study, report=report)
+        table.attrs = {"identity": self.identity(), "provenance": provenance()}
+        write_atomically(table, self.path(folder))
+
+
+def provenance() -> dict[str, str]:
+    """Which code on what machine."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "pandas")}
+    return versions | {"commit": commit, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def write_atomically(table: pd.DataFrame, path: Path) -> None:
+    """Write a Parquet file beside its place, then move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    table.to_parquet(unfinished, index=False)
+    os.replace(unfinished, path)
+
+
+def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:
+    """Run what is not stored yet and return (and store) the table of all.
+
+    Args:
+        runs: Runs of one study.
+        folder: Where ``results.parquet`` and the runs' own tables go.
+        workers: Processes; each computes with one thread.
+    """
+    waiting = [run for run in runs if run.stored(folder) is None]
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("examples"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Manager() as manager, Progress(*columns) as bars:
+        names = {}
+        for run in runs:
+            done = 0 if run in waiting else run.task.examples
+            note = "" if run in waiting else " (stored)"
+            names[run.arm.name] = bars.add_task(run.arm.name + note, total=run.task.examples, completed=done)
+        queue: Queue[tuple[str, float]] = manager.Queue()
+        listener = threading.Thread(target=_show, args=(queue, bars, names))
+        listener.start()
+        try:
+            with joblib.parallel_config("loky", inner_max_num_threads=1):
+                joblib.Parallel(n_jobs=workers)(joblib.delayed(run.execute)(folder, queue) for run in waiting)
+        finally:
+            queue.put(("", -1.0))
+            listener.join()
+    tables = [run.stored(folder) for run in runs]
+    if any(table is None for table in tables):
+        raise RuntimeError(f"a run in {folder} was overwritten by another study; give each its own folder.")
+    results = conform(pd.concat(tables, ignore_index=True))
+    results.attrs = {"runs": [table.attrs for table in tables if table is not None]}
+    write_atomically(results, folder / "results.parquet")
+    return results
+
+
+def _show(queue: Queue[tuple[str, float]], bars: Progress, names: dict[str, Any]) -> None:
+    while (message := queue.get())[1] >= 0.0:
+        bars.update(names[message[0]], completed=message[1])
