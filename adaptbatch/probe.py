@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class GradientProbe:
     """Squared norms of micro-batch gradients, from one hook on each parameter.
@@ -95,9 +97,9 @@ class GradientProbe:
 
 
 def gradient_norm(grad: Tensor) -> Tensor:
-    """Euclidean norm in float32, whatever the gradient's type or layout; duplicate sparse entries are added first."""
+    """Euclidean norm, at least in float32, of any layout; duplicate sparse entries are added first."""
     values = grad.coalesce().values() if grad.is_sparse else grad
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.dtype in HALF else None)
     return norm
 
 
@@ -110,10 +112,13 @@ def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
 
 def batch_gradient_sq_norm(parameters: Sequence[Parameter]) -> Tensor:
     """Squared norm of the accumulated gradient, over all parameters that have one."""
-    dense = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
-    sparse = [p.grad for p in parameters if p.grad is not None and p.grad.is_sparse]
-    norms = list(torch._foreach_norm(dense, 2, torch.float32)) if dense else []
-    return sum_of_squares(norms + [gradient_norm(grad) for grad in sparse])
+    grads = [p.grad for p in parameters if p.grad is not None]
+    half = [grad for grad in grads if not grad.is_sparse and grad.dtype in HALF]
+    full = [grad for grad in grads if not grad.is_sparse and grad.dtype not in HALF]
+    norms = [gradient_norm(grad) for grad in grads if grad.is_sparse]
+    norms += torch._foreach_norm(half, 2, torch.float32) if half else ()
+    norms += torch._foreach_norm(full) if full else ()
+    return sum_of_squares(norms)
 
 
 @torch.no_grad()

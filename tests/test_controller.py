@@ -1,0 +1,760 @@
+"""controller.py: exact for every window, silent, resumable; every refusal by name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import adaptbatch as ab
+from adaptbatch.history import COLUMNS
+from studies.overhead import Allocations, HostReads
+from tests import reference
+from tests.test_probe import Checkpointed, TiedLanguageModel
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+def squared(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - 0.5).square().sum(dim=-1).mean()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def batches(sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 4, generator=generator, dtype=dtype) for size in sizes]
+
+
+def run(
+    controller: ab.BatchController, data: Sequence[Tensor], loss: Callable[[nn.Module, Tensor], Tensor] = squared
+) -> list[ab.Decision]:
+    decisions = []
+    for x in controller.micro_batches(data):
+        controller.backward(loss(controller.model, x), weight=len(x))
+        if controller.step_due:
+            decisions.append(controller.step())
+    return decisions
+
+
+def equal_state(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def split(data: Sequence[Tensor], steps: Sequence[int]) -> list[list[Tensor]]:
+    """The windows that ``steps`` cut ``data`` into; the last entry holds, the last window may be partial."""
+    windows, left = [], list(data)
+    while left:
+        k = steps[min(len(windows), len(steps) - 1)]
+        windows.append(left[:k])
+        left = left[k:]
+    return windows
+
+
+class TestExactness:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        sizes=st.lists(st.integers(1, 9), min_size=1, max_size=14),
+        steps=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+        optimizer=st.sampled_from([sgd, adamw]),
+    )
+    def test_any_windows_equal_single_large_batches(self, sizes, steps, optimizer):
+        """Grown, shrunk, partial last windows and unequal micro-batches: each step is the mean over its examples."""
+        data, ours, twin = batches(sizes), small_model(), small_model()
+        with ab.BatchController(ours, optimizer(ours), rule=ab.Replay(steps)) as controller:
+            run(controller, data)
+        windows = split(data, steps)
+        reference.hand_written_loop(twin, optimizer(twin), squared, windows)
+        for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+        assert controller.history.to_pandas()["accumulation_steps"].tolist() == [len(w) for w in windows]
+        assert controller.history.to_pandas()["global_batch"].tolist() == [sum(map(len, w)) for w in windows]
+
+    def test_token_weights_equal_one_mean_over_all_tokens(self):
+        """Micro-batches whose losses are means over different numbers of tokens."""
+        torch.manual_seed(0)
+        ours = TiedLanguageModel().double()
+        twin = copy.deepcopy(ours)
+        sequences = [torch.randint(7, (length,)) for length in (3, 11, 1, 6)]
+
+        def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+            return (
+                nn.functional.cross_entropy(model(tokens[:-1]), tokens[1:])
+                if len(tokens) > 1
+                else 0 * model(tokens).sum()
+            )
+
+        sequences = [tokens for tokens in sequences if len(tokens) > 1]
+        with ab.BatchController(ours, sgd(ours), rule=ab.Fixed(len(sequences))) as controller:
+            for tokens in controller.micro_batches(sequences):
+                controller.backward(loss(ours, tokens), weight=len(tokens) - 1)
+                if controller.step_due:
+                    controller.step()
+        optimizer = sgd(twin)
+        logits = torch.cat([twin(tokens[:-1]) for tokens in sequences])
+        nn.functional.cross_entropy(logits, torch.cat([tokens[1:] for tokens in sequences])).backward()
+        optimizer.step()
+        torch.testing.assert_close(ours.embedding.weight, twin.embedding.weight, rtol=1e-9, atol=1e-11)
+
+    @pytest.mark.parametrize("optimizer", [sgd, adamw])
+    def test_one_step_windows_are_the_plain_loop_bit_for_bit(self, optimizer):
+        data = batches([5, 3, 8, 1, 7], dtype=torch.float32)
+        ours, twin = small_model(dtype=torch.float32), small_model(dtype=torch.float32)
+        ours_optimizer, twin_optimizer = optimizer(ours), optimizer(twin)
+        with ab.BatchController(ours, ours_optimizer, rule=ab.Fixed(1)) as controller:
+            run(controller, data)
+        reference.hand_written_loop(twin, twin_optimizer, squared, [[x] for x in data])
+        assert equal_state(ours, twin)
+        for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+            for name, value in twin_optimizer.state[q].items():
+                assert torch.equal(torch.as_tensor(ours_optimizer.state[p][name]), torch.as_tensor(value))
+
+    def test_four_step_windows_are_the_usual_accumulation_loop_bit_for_bit(self):
+        """loss / k and one division by k at the end round alike when k is a power of two."""
+        data = batches([6] * 12, dtype=torch.float32)
+        ours, twin = small_model(dtype=torch.float32), small_model(dtype=torch.float32)
+        with ab.BatchController(ours, adamw(ours), rule=ab.Fixed(4)) as controller:
+            run(controller, data)
+        optimizer = adamw(twin)
+        for index, x in enumerate(data):
+            (squared(twin, x) / 4).backward()
+            if index % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert equal_state(ours, twin)
+
+    @pytest.mark.parametrize(
+        "model",
+        [Checkpointed(False, False), Checkpointed(False, True), Checkpointed(True, False)],
+        ids=["checkpoint", "checkpoint shared", "reentrant"],
+    )
+    def test_with_activation_checkpointing(self, model):
+        ours, twin = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+        data = [x.requires_grad_() for x in batches([3, 5, 2])]
+
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            return model(x).square().sum(dim=-1).mean()
+
+        with ab.BatchController(ours, sgd(ours), rule=ab.Fixed(3)) as controller:
+            run(controller, data, loss)
+        reference.hand_written_loop(twin, sgd(twin), loss, [data])
+        for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+    def test_with_sparse_frozen_and_unused_parameters(self):
+        torch.manual_seed(0)
+        ours = TiedLanguageModel(sparse=True).double()
+        ours.frozen, ours.unused = nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)
+        twin = copy.deepcopy(ours)
+        data = [torch.tensor([1, 2, 2]), torch.tensor([2, 5])]
+
+        def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+            return model(tokens).square().sum(dim=-1).mean()
+
+        with ab.BatchController(ours, torch.optim.SGD(ours.parameters(), lr=0.1), rule=ab.Fixed(2)) as controller:
+            run(controller, data, loss)
+        reference.hand_written_loop(twin, torch.optim.SGD(twin.parameters(), lr=0.1), loss, [data])
+        for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+        assert controller.history.to_pandas()["noise_trace"].iloc[0] > 0
+
+    def test_two_forwards_and_one_backward(self):
+        ours, twin = small_model(), small_model()
+        data = batches([4, 6])
+
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            return squared(model, x) + squared(model, 2 * x)
+
+        with ab.BatchController(ours, sgd(ours), rule=ab.Fixed(2)) as controller:
+            run(controller, data, loss)
+        reference.hand_written_loop(twin, sgd(twin), loss, [data])
+        for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+    def test_clipping_between_normalize_and_step(self):
+        ours, twin = small_model(), small_model()
+        data = batches([4, 2, 6])
+        controller = ab.BatchController(ours, sgd(ours), rule=ab.Fixed(3))
+        for x in data:
+            controller.backward(squared(ours, x), weight=len(x))
+        norm = controller.normalize_()
+        assert torch.equal(controller.normalize_(), norm)
+        assert float(nn.utils.clip_grad_norm_(ours.parameters(), 0.01)) == pytest.approx(float(norm), rel=1e-9)
+        controller.step()
+        optimizer = sgd(twin)
+        squared(twin, torch.cat(data)).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+        optimizer.step()
+        for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+class TestMeasurement:
+    @pytest.mark.parametrize("sizes", [[8, 8, 8, 8], [9, 4, 2], [1, 1]], ids=str)
+    def test_rows_equal_the_analysis_of_variance_of_the_cells(self, sizes):
+        model, data = small_model(), batches(sizes)
+        parameters = list(model.parameters())
+        cells = []
+        for x in data:
+            gradients = torch.autograd.grad(squared(model, x), parameters)
+            cells.append((float(len(x)), torch.cat([g.reshape(-1) for g in gradients]).numpy()))
+        trace, signal = reference.anova(cells, population=100)
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(len(sizes)), population=100)
+        run(controller, data)
+        row = controller.history.to_pandas().iloc[0]
+        assert row["noise_trace"] == pytest.approx(trace, rel=1e-5)
+        assert row["grad_sq_norm"] == pytest.approx(signal, rel=1e-5)
+        assert row["loss"] == pytest.approx(squared(small_model(), torch.cat(data)).item(), rel=1e-12)
+        assert row["noise_scale"] == pytest.approx(max(trace, 0) / signal if signal > 0 else math.inf, rel=1e-4)
+
+    def test_finds_the_batch_of_a_known_noise_scale(self):
+        """Loss |w - x|^2 / 2 with a still w: G = w - mean(x), tr(Sigma) = 1, so that B = 1 / |G|^2 = 100."""
+        generator = torch.Generator().manual_seed(6)
+
+        class Point(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = nn.Parameter(torch.full((25,), 0.02))
+
+        model = Point()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with ab.BatchController(model, optimizer, rule=ab.RelativeStandardError(memory=4000.0)) as controller:
+            for _ in range(600):
+                while not controller.step_due:
+                    x = torch.randn(8, 25, generator=generator) / 5
+                    controller.backward((model.w - x).square().sum(dim=1).mean() / 2, weight=8)
+                controller.step()
+        table = controller.history.to_pandas()
+        last = table.iloc[-1]
+        assert last["noise_scale_low"] < 100 < last["noise_scale_high"]
+        assert 70 < last["global_batch"] < 140
+        assert set(table["reason"]) <= {"undecided", "grow", "growth_limited", "hold", "shrink", "signal_lost"}
+        assert table["accumulation_steps"].iloc[0] == 2
+
+    def test_one_micro_batch_holds_no_evidence(self):
+        model = small_model()
+        with ab.BatchController(model, sgd(model), rule=ab.Fixed(1)) as controller:
+            run(controller, batches([4, 4]))
+        table = controller.history.to_pandas()
+        columns = [
+            "grad_sq_norm",
+            "noise_trace",
+            "noise_scale",
+            "noise_scale_low",
+            "noise_scale_high",
+            "relative_error",
+        ]
+        assert table[columns].isna().all(axis=None)
+        assert table["loss"].notna().all()
+
+    def test_history_is_the_documented_table(self, tmp_path):
+        model = small_model()
+        with ab.BatchController(model, sgd(model), rule=ab.Fixed(2)) as controller:
+            run(controller, batches([4, 4, 4]))
+            run(controller, batches([5, 5]))
+        table = controller.history.to_pandas()
+        assert list(table.columns) == list(COLUMNS)
+        assert {name: str(kind) for name, kind in table.dtypes.items()} == COLUMNS
+        assert table["optimizer_step"].tolist() == [1, 2, 3]
+        assert table["examples_seen"].tolist() == [8, 12, 22]
+        assert table["backward_passes"].tolist() == [2, 3, 5]
+        assert table["accumulation_steps"].tolist() == [2, 1, 2]
+        assert (table["wall_seconds"].diff().dropna() > 0).all()
+        assert table["lr"].eq(0.05).all()
+        controller.history.to_parquet(tmp_path / "history.parquet")
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "history.parquet"), table)
+        assert repr(controller.history) == "History(3 windows)"
+
+    def test_a_partial_window_does_not_set_the_size_of_a_micro_batch(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+        decisions = run(controller, batches([8, 8, 1]))
+        assert [decision.target_batch for decision in decisions] == [16.0, 16.0]
+
+    def test_a_tensor_learning_rate_is_recorded(self):
+        model = small_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.125), capturable=False, foreach=False)
+        controller = ab.BatchController(model, optimizer, rule=ab.Fixed(2))
+        run(controller, batches([3, 3]))
+        assert controller.history.to_pandas()["lr"].tolist() == [0.125]
+
+
+class TestCost:
+    def test_one_host_read_a_window(self):
+        model = small_model(dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        controller = ab.BatchController(model, optimizer, rule=ab.RelativeStandardError())
+        data = batches([3, 3], dtype=torch.float32)
+        run(controller, data)
+        with HostReads() as reads:
+            for _ in range(5):
+                run(controller, data)
+        assert reads.count == 5
+
+    def test_the_counter_counts(self):
+        x = torch.ones(3, requires_grad=True)
+
+        def read(grad: Tensor) -> None:
+            grad.sum().item()
+
+        x.register_hook(read)
+        with HostReads() as reads:
+            x.sum().item()
+            x.tolist()
+            bool((x > 0).all())
+            x.sum().backward()
+        assert reads.count == 4
+
+    def test_no_buffer_of_a_parameters_size(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 200))
+        x = [torch.randn(4, 200) for _ in range(4)]
+
+        def loss(model: nn.Module, x: Tensor) -> Tensor:
+            return model(x).square().mean()
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Allocations() as plain:
+            for micro in x:
+                loss(model, micro).backward()
+            torch._foreach_div_([p.grad for p in model.parameters()], 4.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        controller = ab.BatchController(model, optimizer, rule=ab.Fixed(4))
+        with Allocations() as ours:
+            run(controller, x, loss)
+        assert ours.large.get(200 * 200 * 4, 0) == plain.large[200 * 200 * 4]
+        assert ours.total - plain.total < 0.05 * 200 * 200 * 4
+
+
+class TestNonfinite:
+    @pytest.mark.parametrize("poison", [math.nan, math.inf])
+    def test_a_nonfinite_window_is_skipped(self, poison):
+        model = small_model()
+        optimizer = adamw(model)
+        controller = ab.BatchController(model, optimizer, rule=ab.RelativeStandardError())
+        data = batches([4] * 6)
+        run(controller, data[:2])
+        parameters, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        evidence = controller.history.to_pandas()["noise_scale"].iloc[-1]
+        bad = data[2].clone()
+        bad[0, 0] = poison
+        (decision,) = run(controller, [bad, data[3]])
+        assert decision.reason == "nonfinite"
+        assert all(torch.equal(parameters[name], value) for name, value in model.state_dict().items())
+        assert str(optimizer.state_dict()) == str(state)
+        row = controller.history.to_pandas().iloc[-1]
+        assert bool(row["skipped"])
+        assert row["optimizer_step"] == 1
+        assert row["examples_seen"] == 16
+        assert math.isnan(row["noise_trace"])
+        assert row["noise_scale"] == evidence
+        run(controller, data[4:])
+        after = controller.history.to_pandas().iloc[-1]
+        assert after["optimizer_step"] == 2
+        assert not after["skipped"]
+        assert all(p.isfinite().all() for p in model.parameters())
+
+    def test_it_is_taken_when_told_so(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), skip_nonfinite=False)
+        data = batches([4, 4])
+        data[0][0, 0] = math.nan
+        (decision,) = run(controller, data)
+        assert decision.reason == "nonfinite"
+        assert not controller.history.to_pandas()["skipped"].iloc[0]
+        assert not all(p.isfinite().all() for p in model.parameters())
+
+    def test_a_finite_gradient_whose_norm_overflows_is_taken(self):
+        """A float32 norm above 1.8e19 is infinite though the gradient is not: the plain loop would step, so we do."""
+        weight = nn.Parameter(torch.zeros(2))
+        model = nn.ParameterList([weight])
+        controller = ab.BatchController(model, torch.optim.SGD([weight], lr=1e-20), rule=ab.Fixed(2))
+        for _ in range(2):
+            controller.backward((weight * 1e20).sum(), weight=1)
+        assert controller.step().reason == "nonfinite"
+        assert weight.tolist() == pytest.approx([-1.0, -1.0])
+        assert not controller.history.to_pandas()["skipped"].iloc[0]
+
+
+@dataclass(frozen=True)
+class LastDigits:
+    """A user's own rule: the size hangs on the last digits of the evidence, so that one lost bit would show."""
+
+    closed_loop = True
+    memory = 100.0
+
+    def decide(self, evidence: ab.NoiseEstimate, progress: ab.Progress, limits: ab.Limits) -> ab.Decision:
+        if math.isnan(evidence.noise_trace):
+            return ab.Decision(2, math.nan, "undecided")
+        return ab.Decision(2 + int(1e12 * evidence.noise_trace) % 4, math.nan, "hold")
+
+
+def adaptive(model: nn.Module) -> tuple[ab.BatchController, torch.optim.Optimizer]:
+    optimizer = adamw(model)
+    return ab.BatchController(model, optimizer, rule=LastDigits()), optimizer
+
+
+class TestState:
+    def test_resumes_to_the_last_bit(self):
+        data = batches([4, 3, 5] * 60, dtype=torch.float32)
+        whole = small_model(dtype=torch.float32)
+        controller, _ = adaptive(whole)
+        windows = 0
+        for index, x in enumerate(data):
+            controller.backward(squared(whole, x), weight=len(x))
+            if controller.step_due:
+                controller.step()
+                windows += 1
+                if windows == 20:
+                    half = small_model(seed=1, dtype=torch.float32)
+                    other, other_optimizer = adaptive(half)
+                    saved = io.BytesIO()
+                    torch.save([whole.state_dict(), controller.optimizer.state_dict(), controller.state_dict()], saved)
+                    rest = data[index + 1 :]
+        saved.seek(0)
+        model_state, optimizer_state, controller_state = torch.load(saved)
+        half.load_state_dict(model_state)
+        other_optimizer.load_state_dict(optimizer_state)
+        other.load_state_dict(controller_state)
+        for x in rest:
+            other.backward(squared(half, x), weight=len(x))
+            if other.step_due:
+                other.step()
+        assert equal_state(whole, half)
+        expected = controller.history.to_pandas().iloc[20:].drop(columns="wall_seconds").reset_index(drop=True)
+        assert expected["accumulation_steps"].nunique() > 2
+        pd.testing.assert_frame_equal(
+            other.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
+        )
+        assert other.state_dict() | {"wall_seconds": 0} == controller.state_dict() | {"wall_seconds": 0}
+
+    def test_time_goes_on_after_a_load(self):
+        model = small_model()
+        first, second = ab.BatchController(model, sgd(model)), ab.BatchController(model, sgd(model))
+        state = first.state_dict() | {"wall_seconds": 1000.0}
+        second.load_state_dict(state)
+        run(second, batches([4, 4]))
+        assert second.history.to_pandas()["wall_seconds"].iloc[0] >= 1000.0
+
+    @pytest.mark.parametrize("call", ["state_dict", "load_state_dict"])
+    def test_refuses_within_a_window(self, call):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(3))
+        state = controller.state_dict()
+        controller.backward(squared(model, batches([4])[0]), weight=4)
+        with pytest.raises(RuntimeError, match=rf"{call}\(\) is for between windows, got one with 1 of 3"):
+            controller.state_dict() if call == "state_dict" else controller.load_state_dict(state)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"version": 99}, r"state must have version 1, got version = 99; it was saved by another release"),
+            ({"surplus": 1}, r"state must have exactly the known keys, got unknown \['surplus'\] and missing \[\]"),
+            (
+                {"tracker": {}},
+                r"state\['tracker'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
+            ),
+        ],
+        ids=["version", "unknown", "tracker"],
+    )
+    def test_refuses_a_state_that_is_not_its_own(self, change, message):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model))
+        before = controller.state_dict()
+        with pytest.raises(ValueError, match=message):
+            controller.load_state_dict(before | change)
+        assert controller.state_dict()["tracker"] == before["tracker"]
+
+    def test_refuses_a_state_with_a_missing_key(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model))
+        state = controller.state_dict()
+        del state["examples_seen"]
+        with pytest.raises(ValueError, match=r"got unknown \[\] and missing \['examples_seen'\]"):
+            controller.load_state_dict(state)
+
+
+class TestLateReading:
+    """What a GPU does without the check before the step: numbers reach the host, and the decision, one window late."""
+
+    @staticmethod
+    def late(model: nn.Module) -> ab.BatchController:
+        controller, _ = adaptive(model)
+        controller._read_late = True
+        return controller
+
+    def test_decides_from_the_window_before_and_completes_every_row(self):
+        data = batches([4, 3, 5] * 40)
+        model = small_model()
+        controller = self.late(model)
+        run(controller, data)
+        table = controller.history.to_pandas()
+        assert table[["loss", "lr"]].notna().all(axis=None)
+        full = table["accumulation_steps"] > 1
+        assert table.loc[full, ["grad_sq_norm", "noise_trace"]].notna().all(axis=None)
+        assert math.isnan(table["noise_scale"].iloc[0])
+        assert table["accumulation_steps"].nunique() > 2
+        # The pooled pair after window t is that of windows up to t - 1: row 1 knows row 0 alone.
+        first = table.iloc[0]
+        ratio = first["noise_trace"] / first["grad_sq_norm"]
+        assert table["noise_scale"].iloc[1] == pytest.approx(ratio if first["grad_sq_norm"] > 0 else math.inf)
+
+    def test_resumes_with_the_window_that_waits(self):
+        data = batches([4, 4] * 30)
+        model = small_model()
+        controller = self.late(model)
+        run(controller, data[:20])
+        other_model = copy.deepcopy(model)
+        other = self.late(other_model)
+        other.optimizer.load_state_dict(copy.deepcopy(controller.optimizer.state_dict()))
+        other.load_state_dict(copy.deepcopy(controller.state_dict()))
+        done = len(controller.history)
+        run(controller, data[20:])
+        run(other, data[20:])
+        assert equal_state(model, other_model)
+        expected = controller.history.to_pandas().iloc[done:].drop(columns="wall_seconds").reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            other.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
+        )
+
+
+class TestParameters:
+    def test_replaced_parameters_are_refused_while_the_optimizer_holds_the_old(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model))
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        with pytest.raises(RuntimeError, match=r"the optimizer holds parameters that the model no longer has"):
+            controller.backward(squared(model, batches([4])[0]), weight=4)
+
+    def test_replaced_parameters_are_hooked_again(self):
+        model, twin = small_model(), small_model()
+        controller = ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=0.1), rule=ab.Fixed(2))
+        data = batches([4, 2, 3, 5])
+        run(controller, data[:2])
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        controller.optimizer.param_groups[0]["params"] = list(model.parameters())
+        run(controller, data[2:])
+        reference.hand_written_loop(twin, torch.optim.SGD(twin.parameters(), lr=0.1), squared, [data[:2], data[2:]])
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+        assert controller.history.to_pandas()["noise_trace"].notna().all()
+
+    def test_a_parameter_unfrozen_between_windows_is_heard(self):
+        model = small_model()
+        model[0].requires_grad_(False)
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+        run(controller, batches([4, 4]))
+        model[0].requires_grad_(True)
+        run(controller, batches([4, 4], seed=1))
+        assert model[0].weight._backward_hooks
+
+    def test_close_removes_every_hook_and_refuses_to_go_on(self):
+        model = small_model()
+        with ab.BatchController(model, sgd(model)) as controller:
+            assert all(p._backward_hooks for p in model.parameters())
+        assert all(not p._backward_hooks for p in model.parameters())
+        controller.close()
+        with pytest.raises(RuntimeError, match="the controller is closed and hears nothing; make a new one"):
+            controller.backward(squared(model, batches([4])[0]), weight=4)
+
+    def test_closing_an_open_window_warns(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model))
+        controller.backward(squared(model, batches([4])[0]), weight=4)
+        with pytest.warns(UserWarning, match=r"closed with 1 micro-batches of an unfinished window in \.grad"):
+            controller.close()
+
+    def test_an_error_in_the_loop_passes_through_alone(self):
+        model = small_model()
+
+        def broken_loop() -> None:
+            with ab.BatchController(model, sgd(model)) as controller:
+                controller.backward(squared(model, batches([4])[0]), weight=4)
+                raise KeyError("mine")
+
+        # pytest turns warnings into errors: none may stand in front of the user's own.
+        with pytest.raises(KeyError, match="mine"):
+            broken_loop()
+        assert all(not p._backward_hooks for p in model.parameters())
+
+
+class TestLoop:
+    def test_the_last_item_closes_the_window_whatever_the_loader(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(4))
+        run(controller, (x for x in batches([2] * 6)))
+        assert controller.history.to_pandas()["accumulation_steps"].tolist() == [4, 2]
+        assert list(controller.micro_batches([])) == []
+
+    def test_a_skipped_last_item_leaves_the_window_open_for_the_next_epoch(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(3))
+        data = batches([2, 2, 2])
+        for index, x in enumerate(controller.micro_batches(data)):
+            if index < 2:
+                controller.backward(squared(model, x), weight=len(x))
+        assert not controller.step_due
+        run(controller, data[:1])
+        assert controller.history.to_pandas()["global_batch"].tolist() == [6]
+
+    def test_breaking_out_leaves_the_controller_usable(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+        for x in controller.micro_batches(batches([2] * 5)):
+            controller.backward(squared(model, x), weight=len(x))
+            break
+        run(controller, batches([2] * 3))
+        assert controller.history.to_pandas()["accumulation_steps"].tolist() == [2, 2]
+
+    def test_a_hand_written_loop(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(4))
+        for x in batches([2, 3]):
+            with controller.micro_batch():
+                controller.backward(squared(model, x), weight=len(x))
+        assert not controller.step_due
+        controller.close_window()
+        assert controller.step_due
+        controller.step()
+        assert controller.history.to_pandas()["accumulation_steps"].tolist() == [2]
+
+    def test_a_failed_backward_can_be_discarded(self):
+        model, twin = small_model(), small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+        data = batches([2, 2, 2])
+        controller.backward(squared(model, data[0]), weight=2)
+
+        def explode(grad: Tensor) -> None:
+            raise MemoryError("boom")
+
+        handle = model[0].weight.register_hook(explode)
+        with pytest.raises(MemoryError, match="boom"):
+            controller.backward(squared(model, data[1]), weight=2)
+        handle.remove()
+        with pytest.raises(RuntimeError, match=r"last backward\(\) failed .* discard_window\(\)"):
+            controller.backward(squared(model, data[1]), weight=2)
+        controller.discard_window()
+        run(controller, data[1:])
+        reference.hand_written_loop(twin, sgd(twin), squared, [data[1:]])
+        assert len(controller.history) == 1
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def _early_step(c: ab.BatchController, x: Tensor) -> None:
+    c.backward(squared(c.model, x), weight=4)
+    c.step()
+
+
+def _due_backward(c: ab.BatchController, x: Tensor) -> None:
+    for _ in range(3):
+        c.backward(squared(c.model, x), weight=4)
+
+
+def _two_backwards(c: ab.BatchController, x: Tensor) -> None:
+    with c.micro_batch():
+        c.backward(squared(c.model, x), weight=4)
+        c.backward(squared(c.model, x), weight=4)
+
+
+def _nested(c: ab.BatchController, x: Tensor) -> None:
+    with c.micro_batch(), c.micro_batch():
+        pass
+
+
+def _foreign_gradient(c: ab.BatchController, x: Tensor) -> None:
+    squared(c.model, x).backward()
+    c.backward(squared(c.model, x), weight=4)
+
+
+MISUSE = {
+    "early step": (_early_step, RuntimeError, r"step\(\) is early: the window has 1 of 2 micro-batches; wait for"),
+    "early normalize": (lambda c, x: c.normalize_(), RuntimeError, r"normalize_\(\) is early: the window has 0 of 2"),
+    "due backward": (_due_backward, RuntimeError, r"a step is due: call step\(\) before the next backward\(\)"),
+    "two backwards": (_two_backwards, RuntimeError, r"one micro-batch takes one backward\(\): add its losses"),
+    "nested scopes": (_nested, RuntimeError, r"micro_batch\(\) scopes must not be nested"),
+    "empty close": (lambda c, x: c.close_window(), RuntimeError, r"close_window\(\) needs a micro-batch in the window"),
+    "left gradients": (_foreign_gradient, RuntimeError, r"gradients are left from before this window .*zero_grad"),
+    "zero weight": (
+        lambda c, x: c.backward(squared(c.model, x), weight=0),
+        ValueError,
+        r"weight must be positive and finite, got weight = 0; skip an empty micro-batch",
+    ),
+    "infinite weight": (lambda c, x: c.backward(squared(c.model, x), math.inf), ValueError, r"got weight = inf"),
+    "nan weight": (lambda c, x: c.backward(squared(c.model, x), math.nan), ValueError, r"got weight = nan"),
+    "tensor weight": (
+        lambda c, x: c.backward(squared(c.model, x), torch.tensor(4.0)),
+        ValueError,
+        r"weight must be a Python number, got a tensor",
+    ),
+    "vector loss": (
+        lambda c, x: c.backward(c.model(x).square().sum(-1), 4),
+        ValueError,
+        r"loss must be a scalar tensor with a graph, .* got shape \(4,\), requires_grad=True",
+    ),
+    "detached loss": (
+        lambda c, x: c.backward(squared(c.model, x).detach(), 4),
+        ValueError,
+        r"loss must be a scalar .* got shape \(\), requires_grad=False",
+    ),
+    "float loss": (lambda c, x: c.backward(1.5, 4), ValueError, r"loss must be a scalar tensor .* got 1.5"),
+    "foreign loss": (
+        lambda c, x: c.backward(torch.ones((), requires_grad=True) * 2, 4),
+        RuntimeError,
+        r"no hook heard a gradient in this backward pass: the loss does not reach a parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISUSE.values(), ids=MISUSE)
+def test_misuse_is_refused(call, error, message):
+    model = small_model()
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+    with pytest.raises(error, match=message):
+        call(controller, batches([4])[0])
+
+
+def test_construction_refuses_what_cannot_work(monkeypatch):
+    model = small_model()
+    optimizer = sgd(model)
+    with pytest.raises(ValueError, match=r"population must be at least 1 example, got population = 0; None: unlimited"):
+        ab.BatchController(model, optimizer, population=0)
+    with pytest.raises(ValueError, match=r"min_steps must be at least 2 for RelativeStandardError on one rank"):
+        ab.BatchController(model, optimizer, limits=ab.Limits(min_steps=1))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match=r"model must be trained by a single process, got a world of 4 ranks"):
+        ab.BatchController(model, optimizer)
+    monkeypatch.undo()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"optimizer must hold at least one parameter with requires_grad=True"):
+        ab.BatchController(model, optimizer)
+
+
+def test_defaults_are_the_documented_ones():
+    model = small_model()
+    controller = ab.BatchController(model, sgd(model))
+    assert controller.rule == ab.RelativeStandardError(theta=1.0)
+    assert controller.limits == ab.Limits(min_steps=2, max_steps=64, max_growth=2.0, max_shrink=0.8)
+    assert controller.accumulation_steps == 2
+    assert np.isneginf(controller.state_dict()["changed_at"])
