@@ -11,12 +11,11 @@ from dataclasses import fields, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from adaptbatch import noise
+from adaptbatch.checks import checked_weight, require_keys, require_scalar_loss, require_single_process
 from adaptbatch.history import History
 from adaptbatch.probe import (
     GradientProbe,
@@ -55,7 +54,7 @@ class BatchController:
         ValueError: If nothing is trainable, ``population`` is below 1, or ``limits`` do not fit the rule.
 
     Example:
-        >>> _ = torch.manual_seed(0)
+        >>> import torch
         >>> model = nn.Linear(3, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> data = [torch.randn(8, 3) for _ in range(6)]
@@ -78,7 +77,7 @@ class BatchController:
         population: float | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
-        _require_single_process(model)
+        require_single_process(model)
         if population is not None and not population >= 1.0:
             raise ValueError(
                 f"population must be at least 1 example, got population = {population!r}; None: unlimited."
@@ -90,8 +89,6 @@ class BatchController:
         self.history = History(self._settle)
         self._skip_nonfinite = skip_nonfinite
         self._probe = GradientProbe()
-        self._parameters: list[Parameter] = []
-        self._in_model: set[int] = set()
         self._started = time.perf_counter()
         self._closed = False
         self._tracker = noise.NoiseTracker()
@@ -103,9 +100,9 @@ class BatchController:
         self._last_micro_batch = False
         self._scope_used: bool | None = None
         self._progress = Progress(population=math.inf if population is None else float(population))
-        self._attach()
+        self._probe.attach(model, optimizer)
         # On a GPU without the check before the step, nothing may wait for this window's numbers.
-        self._read_late = not skip_nonfinite and self._parameters[0].device.type == "cuda"
+        self._read_late = not skip_nonfinite and self._probe.parameters[0].device.type == "cuda"
         self._accumulation_steps = self._first_size()
 
     @property
@@ -165,12 +162,9 @@ class BatchController:
                 within the backward pass the window's gradients are incomplete: :meth:`discard_window`.
         """
         self._require_open()
-        weight = _checked_weight(weight)
-        _require_scalar_loss(loss)
-        if self._window.broken:
-            raise RuntimeError(
-                "the window's last backward() failed and its gradients are incomplete; discard_window()."
-            )
+        weight = checked_weight(weight)
+        require_scalar_loss(loss)
+        self._require_whole()
         if self._window.due:
             raise RuntimeError("a step is due: call step() before the next backward().")
         if self._scope_used:
@@ -196,8 +190,9 @@ class BatchController:
         """End the window with the micro-batches it has; ``step_due`` is true afterwards.
 
         Raises:
-            RuntimeError: If the window is empty.
+            RuntimeError: If the window is empty, or its last backward pass failed.
         """
+        self._require_whole()
         if self._window.cells == 0:
             raise RuntimeError("close_window() needs a micro-batch in the window, got none; there is nothing to step.")
         self._window.due = True
@@ -219,8 +214,9 @@ class BatchController:
         self._require_due("normalize_()")
         window = self._window
         if window.batch_sq_norm is None:
-            divide_gradients_(self._parameters, window.weight / window.reference)
-            window.batch_sq_norm = batch_gradient_sq_norm(self._parameters)
+            parameters = self._probe.parameters
+            divide_gradients_(parameters, window.weight / window.reference)
+            window.batch_sq_norm = batch_gradient_sq_norm(parameters)
         return window.batch_sq_norm.sqrt()
 
     def step(self) -> Decision:
@@ -237,7 +233,7 @@ class BatchController:
         window, skipped = self._window.finished(self.optimizer.param_groups[0]["lr"]), False
         if self._skip_nonfinite and not window.measurement.finite:
             # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
-            skipped = not all_gradients_finite(self._parameters)
+            skipped = not all_gradients_finite(self._probe.parameters)
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -247,7 +243,10 @@ class BatchController:
 
     def _finish(self, window: FinishedWindow, skipped: bool) -> Decision:
         """Count, pool, decide, record: floats only from here on."""
-        heard, self._late = (self._late, window) if self._read_late else (window, None)
+        self._window = OpenWindow()
+        heard = [waiting for waiting in (self._late, window) if waiting is not None]
+        # The newest window stays behind until the next one ends where nothing may wait for it.
+        self._late = heard.pop() if self._read_late else None
         self._optimizer_step += not skipped
         seen = self._progress.examples_seen + window.global_batch
         partial = window.cells < self._accumulation_steps
@@ -260,12 +259,13 @@ class BatchController:
             # A window cut short by the end of the data says little about the size of a micro-batch.
             cell_examples=self._progress.cell_examples if partial and known else window.global_batch / window.cells,
             examples_since_change=seen - self._changed_at,
-            finite=heard is None or heard.measurement.finite,
+            finite=all(one.measurement.finite for one in heard),
         )
-        if heard is not None and progress.finite:
-            memory = noise.memory_examples(self.rule.memory, progress.cell_examples, progress.global_batch)
-            pair = noise.estimate(heard.measurement, progress.population)
-            self._tracker = self._tracker.update(pair, heard.global_batch, memory)
+        memory = noise.memory_examples(self.rule.memory, progress.cell_examples, progress.global_batch)
+        for one in heard:
+            if one.measurement.finite:
+                pair = noise.estimate(one.measurement, progress.population)
+                self._tracker = self._tracker.update(pair, one.global_batch, memory)
         evidence = self._tracker.estimate()
         decision = decide(self.rule, evidence, progress, self.limits)
         if decision.accumulation_steps != self._accumulation_steps:
@@ -273,9 +273,8 @@ class BatchController:
         self._progress = progress
         self._accumulation_steps = decision.accumulation_steps
         self._record(window, evidence, decision, skipped)
-        if heard is not None:
-            self._amend(heard)
-        self._window = OpenWindow()
+        for one in heard:
+            self._amend(one)
         return decision
 
     def _record(self, window: FinishedWindow, evidence: NoiseEstimate, decision: Decision, skipped: bool) -> None:
@@ -327,29 +326,13 @@ class BatchController:
     # --- parameters and hooks -----------------------------------------------------------------------------------
 
     def _open_window(self, weight: float) -> None:
-        self._attach()
-        if any(p.grad is not None for p in self._parameters):
+        self._probe.attach(self.model, self.optimizer)
+        if any(p.grad is not None for p in self._probe.parameters):
             raise RuntimeError(
                 "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
                 "(set_to_none=True) first. step() clears them itself."
             )
         self._window = OpenWindow(reference=weight)
-
-    def _attach(self) -> None:
-        """Hook the optimizer's trainable parameters, again where they were replaced or (un)frozen."""
-        parameters = list(
-            dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad)
-        )
-        if not parameters:
-            raise ValueError("optimizer must hold at least one parameter with requires_grad=True, got none to train.")
-        present = {id(p) for p in self.model.parameters()}
-        if any(id(p) in self._in_model and id(p) not in present for p in parameters):
-            raise RuntimeError(
-                "the optimizer holds parameters that the model no longer has, as after load_state_dict(assign=True): "
-                "its steps would train nothing. Put the model's new parameters into optimizer.param_groups."
-            )
-        self._probe.attach(parameters)
-        self._parameters, self._in_model = parameters, present
 
     def close(self) -> None:
         """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""
@@ -416,8 +399,8 @@ class BatchController:
                 f"another release of adaptbatch, load it with that one."
             )
         tracker = state.get("tracker", {})
-        _require_keys("state", state, self.state_dict().keys())
-        _require_keys("state['tracker']", tracker, {field.name for field in fields(noise.NoiseTracker)})
+        require_keys("state", state, self.state_dict().keys())
+        require_keys("state['tracker']", tracker, {field.name for field in fields(noise.NoiseTracker)})
         self._tracker = noise.NoiseTracker.from_state_dict(tracker)
         self._accumulation_steps = int(state["accumulation_steps"])
         self._optimizer_step = int(state["optimizer_step"])
@@ -443,6 +426,10 @@ class BatchController:
         if self._closed:
             raise RuntimeError("the controller is closed and hears nothing; make a new one to go on training.")
 
+    def _require_whole(self) -> None:
+        if self._window.broken:
+            raise RuntimeError("the window's last backward() failed, its gradients are incomplete; discard_window().")
+
     def _require_due(self, call: str) -> None:
         self._require_open()
         if not self._window.due:
@@ -460,36 +447,3 @@ class BatchController:
 
 
 _NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
-
-
-def _require_single_process(model: nn.Module) -> None:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise ValueError(
-            f"model must be trained by a single process, got a world of {torch.distributed.get_world_size()} ranks "
-            f"({type(model).__name__}); this release measures one process."
-        )
-
-
-def _checked_weight(weight: float) -> float:
-    if isinstance(weight, Tensor):
-        raise ValueError(
-            "weight must be a Python number, got a tensor: reading it would stall the device; pass len(x)."
-        )
-    if isinstance(weight, bool) or not (0.0 < weight < math.inf):
-        raise ValueError(f"weight must be positive and finite, got weight = {weight!r}; skip an empty micro-batch.")
-    return float(weight)
-
-
-def _require_scalar_loss(loss: Tensor) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        kind = (
-            f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
-        )
-        raise ValueError(f"loss must be a scalar tensor with a graph, the mean over the micro-batch, got {kind}.")
-
-
-def _require_keys(name: str, given: dict[str, Any], expected: Iterable[str]) -> None:
-    unknown, missing = sorted(given.keys() - set(expected)), sorted(set(expected) - given.keys())
-    if unknown or missing:
-        raise ValueError(f"{name} must have exactly the known keys, got unknown {unknown} and missing {missing}.")

@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 class GradientProbe:
-    """Squared norms of micro-batch gradients, from one hook on each parameter.
+    """Squared norms of micro-batch gradients, from one hook on each trainable parameter of an optimizer.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> probe = GradientProbe()
-        >>> probe.attach([weight])
+        >>> probe.attach(nn.ParameterList([weight]), torch.optim.SGD([weight]))
         >>> with probe.listening():
         ...     (weight.square().sum() / 2).backward()
         >>> probe.take_sq_norm().item()
@@ -33,19 +34,36 @@ class GradientProbe:
     """
 
     def __init__(self) -> None:
-        self._parameters: list[Parameter] = []
+        self.parameters: list[Parameter] = []
+        self._in_model: set[int] = set()
         self._handles: list[RemovableHandle] = []
         self._norms: list[Tensor] = []
         self._heard: list[int] = []
         self._open = False
 
-    def attach(self, parameters: Sequence[Parameter]) -> None:
-        """Hook exactly these trainable parameters; a no-op when they are hooked already."""
-        if len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters)):
+    def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Hook the optimizer's trainable parameters, again where they were replaced, frozen or unfrozen.
+
+        Raises:
+            ValueError: If there is none.
+            RuntimeError: If the optimizer holds parameters that ``model`` had and has no longer.
+        """
+        groups = optimizer.param_groups
+        parameters = list(dict.fromkeys(p for group in groups for p in group["params"] if p.requires_grad))
+        if not parameters:
+            raise ValueError("optimizer must hold at least one parameter with requires_grad=True, got none to train.")
+        present = {id(p) for p in model.parameters()}
+        if any(id(p) in self._in_model and id(p) not in present for p in parameters):
+            raise RuntimeError(
+                "the optimizer holds parameters that the model no longer has, as after load_state_dict(assign=True): "
+                "its steps would train nothing. Put the model's new parameters into optimizer.param_groups."
+            )
+        self._in_model = present
+        if len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters)):
             return
         self.close()
-        self._parameters = list(parameters)
-        self._handles = [p.register_hook(self._hook(index)) for index, p in enumerate(parameters)]  # type: ignore[no-untyped-call]
+        self.parameters = parameters
+        self._handles = [p.register_hook(self._hook(index)) for index, p in enumerate(parameters)]
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
         def hear(grad: Tensor) -> None:
@@ -93,7 +111,7 @@ class GradientProbe:
         """Remove every hook; nothing is left on the parameters."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._parameters = [], []
+        self._handles, self.parameters = [], []
 
 
 def gradient_norm(grad: Tensor) -> Tensor:

@@ -537,6 +537,20 @@ class TestLateReading:
             other.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
         )
 
+    def test_a_waiting_window_is_not_lost_where_nothing_waits(self):
+        """A state saved on a GPU, loaded where windows are read at once: the waiting one is pooled with the next."""
+        data = batches([4, 4] * 6)
+        model = small_model()
+        controller = self.late(model)
+        run(controller, data[:8])
+        prompt, _ = adaptive(model)
+        prompt.load_state_dict(controller.state_dict())
+        before = controller.state_dict()["tracker"]["weight"]
+        run(prompt, data[8:10])
+        windows_since = sum(row["accumulation_steps"] - 1 for row in [*controller.history, *prompt.history][-2:])
+        assert prompt.state_dict()["tracker"]["weight"] == pytest.approx(before + windows_since, rel=0.2)
+        assert prompt.state_dict()["late_window"] is None
+
 
 class TestParameters:
     def test_replaced_parameters_are_refused_while_the_optimizer_holds_the_old(self):
@@ -651,8 +665,10 @@ class TestLoop:
         with pytest.raises(MemoryError, match="boom"):
             controller.backward(squared(model, data[1]), weight=2)
         handle.remove()
-        with pytest.raises(RuntimeError, match=r"last backward\(\) failed .* discard_window\(\)"):
+        with pytest.raises(RuntimeError, match=r"last backward\(\) failed, .* discard_window\(\)"):
             controller.backward(squared(model, data[1]), weight=2)
+        with pytest.raises(RuntimeError, match=r"last backward\(\) failed"):
+            controller.close_window()
         controller.discard_window()
         run(controller, data[1:])
         reference.hand_written_loop(twin, sgd(twin), squared, [data[1:]])

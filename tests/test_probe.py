@@ -43,7 +43,7 @@ def heard(probe: GradientProbe, loss: Tensor) -> float:
 
 def attached(model: nn.Module) -> GradientProbe:
     probe = GradientProbe()
-    probe.attach([p for p in dict.fromkeys(model.parameters()) if p.requires_grad])
+    probe.attach(model, torch.optim.SGD(model.parameters()))
     return probe
 
 
@@ -167,9 +167,9 @@ def test_attaching_again_is_a_no_op_until_a_parameter_changes():
     model = nn.Linear(3, 2)
     probe = attached(model)
     hooks = dict(model.weight._backward_hooks)
-    probe.attach(list(model.parameters()))
+    probe.attach(model, torch.optim.SGD(model.parameters()))
     assert dict(model.weight._backward_hooks) == hooks
-    probe.attach([model.bias])
+    probe.attach(model, torch.optim.SGD([model.bias]))
     assert not model.weight._backward_hooks
 
 
