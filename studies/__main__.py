@@ -10,7 +10,6 @@ import pandas as pd
 import tyro
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-from rich.table import Table
 
 from studies import quick as quick_study
 from studies.analysis import summary
@@ -72,18 +71,16 @@ def overhead(
 
 def show(table: pd.DataFrame, title: str) -> None:
     """Print a table whose numbers are formatted by their column's kind."""
-    kinds = {"examples": ",.0f", "updates": ",.0f", "mean batch": ",.0f", "spikes": ".0f", "at limits": ".0%"}
-    kinds |= {"lr": ".0e", "seconds": ".0f", "window ms": ".1f", "host reads": ".0f", "extra bytes": ",.0f"}
+    kinds = {"examples": ",.0f", "updates": ",.0f", "mean n": ",.0f", "spikes": ".0f", "limits": ".0%"}
+    kinds |= {"lr": ".0e", "wall s": ".0f", "window ms": ".1f", "host reads": ".0f", "extra bytes": ",.0f"}
     kinds |= {"ratio": ".3f", "ratio low": ".3f", "ratio high": ".3f", "bias %": "+.2f", "bias in SE": "+.2f"}
     kinds |= {"exact": ".4g", "mean estimate": ".4g"}
-    grid = Table(title=title, title_justify="left")
-    for column in table:
-        grid.add_column(column, justify="left" if column == "arm" else "right")
-    for _, row in table.iterrows():
-        grid.add_row(
-            *(value if isinstance(value, str) else f"{value:{kinds.get(name, '.2f')}}" for name, value in row.items())
-        )
-    console.print(grid)
+    texts = {name: [_text(value, kinds.get(name, ".2f")) for value in table[name]] for name in table}
+    print(f"\n{title}\n\n{pd.DataFrame(texts).to_string(index=False)}\n")
+
+
+def _text(value: object, kind: str) -> str:
+    return value if isinstance(value, str) else f"{value:{kind}}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def network_and_examples() -> tuple[Autoencoder, Tensor]:
     images = torch.from_numpy(data.load("mnist").train_inputs[:256])
     model = Autoencoder(depth=8, widths=(32, 16), code=8, residual="scaled", variational=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
         model.loss(images).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

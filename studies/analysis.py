@@ -30,23 +30,24 @@ def spike_flags(losses: pd.Series) -> pd.Series:
 def summary(results: pd.DataFrame) -> pd.DataFrame:
     """One row per run: what was reached, at what cost, how smoothly.
 
-    ``final`` and ``best validation`` are mean losses per example on the fixed probe set; ``at limits`` is the share of
-    steps taken at the smallest or largest allowed ``k``, of runs whose ``k`` moved or could have.
+    ``final`` and ``best`` are validation losses, means per example on the fixed probe set; ``mean n`` is examples per
+    update; ``limits`` is the share of steps that a closed-loop rule took at the smallest or largest allowed ``k``;
+    ``lr`` is the last learning rate.
     """
 
     def one(run: pd.DataFrame) -> pd.Series:
         validation = run["validation_loss"].dropna()
         return pd.Series(
             {
-                "final validation": validation.iloc[-1],
-                "best validation": validation.min(),
+                "final": validation.iloc[-1],
+                "best": validation.min(),
                 "examples": run["examples_seen"].iloc[-1],
                 "updates": run["optimizer_step"].iloc[-1],
-                "mean batch": run["examples_seen"].iloc[-1] / len(run),
+                "mean n": run["examples_seen"].iloc[-1] / len(run),
                 "spikes": run["spikes"].sum(),
-                "at limits": run["at_limit"].mean(),
+                "limits": run["at_limit"].mean(),
                 "lr": run["lr"].iloc[-1],
-                "seconds": run["wall_seconds"].iloc[-1],
+                "wall s": run["wall_seconds"].iloc[-1],
             }
         )
 

@@ -34,7 +34,7 @@ HISTORY_COLUMNS: dict[str, str] = {
     "skipped": "bool",
 }
 LOOP_COLUMNS: dict[str, str] = {
-    "at_limit": "bool",  # k stood at min_steps or max_steps
+    "at_limit": "bool",  # a closed-loop rule's k stood at min_steps or max_steps
     "micro_batch_loss_max": "float64",  # largest micro-batch loss of the window
     "spikes": "int64",  # micro-batches of the window whose loss is a spike (studies.analysis.spike_flags)
     "validation_loss": "float64",  # mean loss on the fixed probe set after the step; NaN where it was not evaluated

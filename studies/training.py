@@ -121,7 +121,7 @@ def train(
             seen += len(x)
             if controller.step_due:
                 optimizer.param_groups[0]["lr"] = arm.learning_rate(seen)
-                at_limit = controller.accumulation_steps in bounds
+                at_limit = arm.rule.closed_loop and controller.accumulation_steps in bounds
                 controller.step()
                 due = seen >= next_probe
                 next_probe += task.probe_every * math.ceil((seen - next_probe) / task.probe_every) if due else 0.0
