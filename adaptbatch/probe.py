@@ -66,11 +66,13 @@ class GradientProbe:
         self._handles = [p.register_hook(self._hook(index)) for index, p in enumerate(parameters)]
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
+        heard, norms = self._heard.append, self._norms.append
+
         def hear(grad: Tensor) -> None:
             # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
             if self._open:
-                self._heard.append(index)
-                self._norms.append(gradient_norm(grad))
+                heard(index)
+                norms(gradient_norm(grad))
 
         return hear
 

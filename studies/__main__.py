@@ -37,7 +37,14 @@ def quick(
     results = run_all(runs, out, workers)
     show(summary(results).drop(columns="seed"), "80-layer residual VAE on MNIST, validation loss on a fixed probe set")
     title = f"80-layer residual VAE on MNIST, {examples:,} examples, seed {seed}"
-    quick_figure(results, out / "figure.png", "adaptive", title, quick_study.MICRO_BATCH)
+    quick_figure(
+        results,
+        out / "figure.png",
+        adaptive="adaptive",
+        title=title,
+        micro_batch=quick_study.MICRO_BATCH,
+        collapsed=quick_study.mean_image_loss(),
+    )
     console.print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/schema.py)")
     console.print(f"figure  {out / 'figure.png'}")
     console.print(f"took    {time.perf_counter() - started:.0f} s")

@@ -41,7 +41,9 @@ STYLE = {
 }
 
 
-def quick_figure(results: pd.DataFrame, path: Path, adaptive: str, title: str, micro_batch: int) -> None:
+def quick_figure(
+    results: pd.DataFrame, path: Path, *, adaptive: str, title: str, micro_batch: int, collapsed: float
+) -> None:
     """Loss of every arm, and what the adaptive one measured and did, against examples.
 
     Args:
@@ -50,13 +52,14 @@ def quick_figure(results: pd.DataFrame, path: Path, adaptive: str, title: str, m
         adaptive: The arm whose decisions are shown.
         title: What was trained on what.
         micro_batch: Examples of one accumulation step, for the axis of ``k``.
+        collapsed: Loss of a network that reconstructs the mean image whatever it sees.
     """
     with plt.rc_context(STYLE):
         figure, (top, middle, ribbon) = plt.subplots(
             3, 1, figsize=(8, 7.2), sharex=True, height_ratios=[3, 3, 0.35], layout="constrained"
         )
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        _losses(top, results)
+        _losses(top, results, adaptive, collapsed)
         run = results[results["arm"] == adaptive]
         _noise(middle, run, adaptive, micro_batch)
         _reasons(ribbon, run)
@@ -67,16 +70,19 @@ def quick_figure(results: pd.DataFrame, path: Path, adaptive: str, title: str, m
         plt.close(figure)
 
 
-def _losses(axes: Axes, results: pd.DataFrame) -> None:
+def _losses(axes: Axes, results: pd.DataFrame, adaptive: str, collapsed: float) -> None:
     """Validation curves, each named at its end."""
     ends = []
     for colour, (arm, run) in zip(ARM_COLOURS, results.groupby("arm", sort=False), strict=False):
         probed = run.dropna(subset="validation_loss")
-        axes.plot(probed["examples_seen"], probed["validation_loss"], color=colour, lw=1.8)
+        width = 2.6 if arm == adaptive else 1.5
+        axes.plot(probed["examples_seen"], probed["validation_loss"], color=colour, lw=width)
         last = probed.iloc[-1]
         ends.append((last["examples_seen"], last["validation_loss"], f"{arm}: {last['validation_loss']:.1f}", colour))
     first = results.dropna(subset="validation_loss")["validation_loss"]
     axes.set_ylim(0.95 * first.min(), min(first.max(), 75.0))
+    axes.axhline(collapsed, color="#777777", lw=1, ls=":")
+    ends.append((ends[0][0], collapsed, "the mean image", "#777777"))
     _label_ends(axes, ends)
     axes.set_title("Validation loss on a fixed probe set (squared error + KL, per image)")
     axes.set_ylabel("validation loss")
@@ -101,6 +107,7 @@ def _noise(axes: Axes, run: pd.DataFrame, arm: str, micro_batch: int) -> None:
     finite = run["noise_scale"].replace(np.inf, np.nan)
     settled = finite.iloc[min(8, len(finite) - 1) :]
     low, high = 0.7 * min(sizes.min(), settled.quantile(0.02)), 1.6 * max(sizes.max(), settled.max())
+    axes.plot(x, finite, color="#009E73", lw=1.4, label="noise scale B = tr(Σ) / |G|²")
     axes.fill_between(
         x,
         run["noise_scale_low"].clip(low, high),
@@ -110,8 +117,7 @@ def _noise(axes: Axes, run: pd.DataFrame, arm: str, micro_batch: int) -> None:
         lw=0,
         label="its 95 % interval",
     )
-    axes.plot(x, finite, color="#009E73", lw=1.4, label="noise scale B = tr(Σ) / |G|²")
-    axes.step(x.iloc[:-1], sizes, where="pre", color="#222222", lw=1.8, label="batch n it used")
+    axes.step(x.iloc[:-1], sizes, where="pre", color="#222222", lw=1.8, label="batch n used")
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -122,7 +128,7 @@ def _noise(axes: Axes, run: pd.DataFrame, arm: str, micro_batch: int) -> None:
     axes.set_ylabel("examples")
     axes.grid(axis="y", alpha=0.25)
     axes.set_title(f"What the arm “{arm}” measured, and the batch it chose")
-    axes.legend(loc="upper left", ncols=3)
+    axes.legend(loc="upper left", ncols=3, frameon=True, framealpha=0.9, edgecolor="none")
     steps = axes.secondary_yaxis("right", functions=(lambda n: n / micro_batch, lambda k: k * micro_batch))
     steps.set_yscale("log")
     shown = sorted(set(sizes.div(micro_batch).round().astype(int)))
