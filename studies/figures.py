@@ -128,7 +128,7 @@ def _noise(axes: Axes, run: pd.DataFrame, arm: str, micro_batch: int) -> None:
     axes.set_ylabel("examples")
     axes.grid(axis="y", alpha=0.25)
     axes.set_title(f"What the arm “{arm}” measured, and the batch it chose")
-    axes.legend(loc="upper left", ncols=3, frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(loc="lower right", ncols=3)
     steps = axes.secondary_yaxis("right", functions=(lambda n: n / micro_batch, lambda k: k * micro_batch))
     steps.set_yscale("log")
     shown = sorted(set(sizes.div(micro_batch).round().astype(int)))
