@@ -187,15 +187,15 @@ class BatchController:
         window.due = self._last_micro_batch or window.cells >= self._accumulation_steps
 
     def close_window(self) -> None:
-        """End the window with the micro-batches it has; ``step_due`` is true afterwards.
+        """End the window with the micro-batches it has: ``step_due`` is true afterwards, unless it has none.
+
+        At the end of a hand-written loop, whose last window may be partial or just over.
 
         Raises:
-            RuntimeError: If the window is empty, or its last backward pass failed.
+            RuntimeError: If the window's last backward pass failed.
         """
         self._require_whole()
-        if self._window.cells == 0:
-            raise RuntimeError("close_window() needs a micro-batch in the window, got none; there is nothing to step.")
-        self._window.due = True
+        self._window.due = self._window.cells > 0
 
     def discard_window(self) -> None:
         """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""

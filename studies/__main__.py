@@ -76,6 +76,14 @@ def overhead(
     console.print(f"tables  {out}")
 
 
+@app.command
+def readme() -> None:
+    """Write the numbers of README.md from the committed results."""
+    from studies import readme as page
+
+    page.write()
+
+
 def show(table: pd.DataFrame, title: str) -> None:
     """Print a table whose numbers are formatted by their column's kind."""
     kinds = {"examples": ",.0f", "updates": ",.0f", "mean n": ",.0f", "spikes": ".0f", "limits": ".0%"}

@@ -1,0 +1,81 @@
+"""README.md: its code runs, its numbers are the committed results', its test line is what CI runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import adaptbatch as ab
+from studies import readme
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def namespace() -> dict[str, object]:
+    """What a user's script has before the README's lines: a model, an optimizer, a loader with a partial last batch."""
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(70, 5), torch.randn(70, 1))
+    model = nn.Linear(5, 1)
+    return {
+        "torch": torch,
+        "ab": ab,
+        "model": model,
+        "optimizer": torch.optim.Adam(model.parameters()),
+        "loader": torch.utils.data.DataLoader(data, batch_size=8, shuffle=True),
+        "loss_fn": nn.functional.mse_loss,
+        "epochs": 3,
+    }
+
+
+def test_the_loop_runs_and_every_example_is_used():
+    names = namespace()
+    exec(BLOCKS[0], names)
+    table = names["df"]
+    assert table["examples_seen"].iloc[-1] == 3 * 70
+    assert table["backward_passes"].iloc[-1] == 3 * 9
+    assert table["reason"].notna().all()
+
+
+def test_the_loop_in_parts_runs_and_every_example_is_used():
+    names = namespace()
+    exec(BLOCKS[1], names)
+    assert names["controller"].history.to_pandas()["examples_seen"].iloc[-1] == 70
+    assert math.isfinite(float(names["norm"]))
+    assert not any(p._backward_hooks for p in names["model"].parameters())
+
+
+def test_all_code_is_tested():
+    assert len(BLOCKS) == 2
+
+
+def test_the_numbers_are_the_committed_results():
+    assert readme.fill(TEXT) == TEXT, "run `python -m studies readme`"
+
+
+def test_a_missing_section_is_refused():
+    with pytest.raises(ValueError, match=r"README\.md must have the markers of the section 'quick'"):
+        readme.fill("no markers here")
+
+
+def test_the_columns_and_reasons_are_documented():
+    for name in ab.history.COLUMNS:
+        assert f"`{name}`" in TEXT
+    for reason in (
+        "hold",
+        "grow",
+        "shrink",
+        "growth_limited",
+        "at_max",
+        "at_min",
+        "undecided",
+        "signal_lost",
+        "nonfinite",
+    ):
+        assert f"`{reason}`" in TEXT
