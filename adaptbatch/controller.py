@@ -332,7 +332,8 @@ class BatchController:
                 "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
                 "(set_to_none=True) first. step() clears them itself."
             )
-        self._window = OpenWindow(reference=weight)
+        # The weight a full window of equal micro-batches will have: the division at its end is then by one.
+        self._window = OpenWindow(reference=weight * self._accumulation_steps)
 
     def close(self) -> None:
         """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""

@@ -6,7 +6,6 @@ float32 norm: no copy of a gradient, no read by the host. What is heard stays on
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 HALF = (torch.float16, torch.bfloat16)
+_Kind = tuple[int, torch.device, torch.dtype]
+_NormKind = tuple[torch.device, torch.dtype]
 
 
 class GradientProbe:
@@ -36,13 +37,14 @@ class GradientProbe:
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []
         self._in_model: set[int] = set()
+        self._kinds: list[_Kind] = []
         self._handles: list[RemovableHandle] = []
         self._norms: list[Tensor] = []
         self._heard: list[int] = []
         self._open = False
 
     def attach(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Hook the optimizer's trainable parameters, again where they were replaced, frozen or unfrozen.
+        """Hook the optimizer's trainable parameters, again where they were replaced, moved, frozen or unfrozen.
 
         Raises:
             ValueError: If there is none.
@@ -59,28 +61,40 @@ class GradientProbe:
                 "its steps would train nothing. Put the model's new parameters into optimizer.param_groups."
             )
         self._in_model = present
-        if len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters)):
-            return
-        self.close()
-        self.parameters = parameters
-        self._handles = [p.register_hook(self._hook(index)) for index, p in enumerate(parameters)]
+        kinds = [(id(p), p.device, p.dtype) for p in parameters]
+        if kinds != self._kinds:
+            self.close()
+            self.parameters, self._kinds = parameters, kinds
+            self._hook_all()
 
-    def _hook(self, index: int) -> Callable[[Tensor], None]:
-        heard, norms = self._heard.append, self._norms.append
+    def _hook_all(self) -> None:
+        """One hook a parameter, each with its own place in a small buffer of norms: one buffer a device and type."""
+        places: dict[_NormKind, list[int]] = {}
+        for index, p in enumerate(self.parameters):
+            places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
+        for (device, dtype), members in places.items():
+            buffer = torch.zeros(len(members), device=device, dtype=dtype)
+            self._norms.append(buffer)
+            for index, slot in zip(members, buffer.unbind(), strict=True):
+                self._handles.append(self.parameters[index].register_hook(self._hook(index, slot)))  # type: ignore[no-untyped-call]
+
+    def _hook(self, index: int, slot: Tensor) -> Callable[[Tensor], None]:
+        heard = self._heard.append
 
         def hear(grad: Tensor) -> None:
             # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
             if self._open:
                 heard(index)
-                norms(gradient_norm(grad))
+                gradient_norm(grad, slot)
 
         return hear
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen to one backward pass; forget what an earlier one left behind."""
-        self._norms.clear()
         self._heard.clear()
+        for norms in self._norms:
+            norms.zero_()
         self._open = True
         try:
             yield
@@ -94,9 +108,8 @@ class GradientProbe:
             RuntimeError: If no hook was called, or one was called twice: the parts of a gradient that arrive one by
                 one have no norm of their sum.
         """
-        heard, norms = self._heard.copy(), self._norms.copy()
+        heard = self._heard.copy()
         self._heard.clear()
-        self._norms.clear()
         if not heard:
             raise RuntimeError(
                 "no hook heard a gradient in this backward pass: the loss does not reach a parameter of the optimizer, "
@@ -107,38 +120,48 @@ class GradientProbe:
                 "a parameter received its gradient in several parts within one backward pass, as reentrant activation "
                 "checkpointing does for a shared parameter; use checkpoint(..., use_reentrant=False)."
             )
-        return sum_of_squares(norms)
+        return sum_of_squares(self._norms)
 
     def close(self) -> None:
         """Remove every hook; nothing is left on the parameters."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.parameters = [], []
+        self._handles, self._norms, self._kinds, self.parameters = [], [], [], []
 
 
-def gradient_norm(grad: Tensor) -> Tensor:
+def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Norms are float32, and float64 for gradients that are finer."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def gradient_norm(grad: Tensor, out: Tensor | None = None) -> Tensor:
     """Euclidean norm, at least in float32, of any layout; duplicate sparse entries are added first."""
     values = grad.coalesce().values() if grad.is_sparse else grad
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.dtype in HALF else None)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.dtype in HALF else None, out=out)
     return norm
 
 
 def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
-    """``sum |x_i|^2`` from norms, in float64 where the device has it: float32 overflows above 1e19."""
-    device = norms[0].device
-    stacked = torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
-    return (stacked if device.type == "mps" else stacked.double()).square().sum()
+    """``sum |x_i|^2`` of all entries, in float64 where the device has it: float32 overflows above 1e19."""
+    first = norms[0].device
+    wide = torch.float32 if first.type == "mps" else torch.float64
+    sums = [norm.to(wide).square().sum().to(first) for norm in norms]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def batch_gradient_sq_norm(parameters: Sequence[Parameter]) -> Tensor:
     """Squared norm of the accumulated gradient, over all parameters that have one."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    half = [grad for grad in grads if not grad.is_sparse and grad.dtype in HALF]
-    full = [grad for grad in grads if not grad.is_sparse and grad.dtype not in HALF]
-    norms = [gradient_norm(grad) for grad in grads if grad.is_sparse]
-    norms += torch._foreach_norm(half, 2, torch.float32) if half else ()
-    norms += torch._foreach_norm(full) if full else ()
-    return sum_of_squares(norms)
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            kinds.setdefault((p.grad.device, p.grad.dtype, p.grad.is_sparse), []).append(p.grad)
+    return sum_of_squares([torch.stack(_norms_of(grads)) for grads in kinds.values()])
+
+
+def _norms_of(grads: list[Tensor]) -> list[Tensor]:
+    if grads[0].is_sparse:
+        return [gradient_norm(grad) for grad in grads]
+    return list(torch._foreach_norm(grads, 2, torch.float32 if grads[0].dtype in HALF else None))
 
 
 @torch.no_grad()

@@ -13,7 +13,11 @@ from adaptbatch.records import Measurement
 
 @dataclass
 class OpenWindow:
-    """The open window. Sums stay on the device; weights relative to the first keep gradients near a mean's size."""
+    """The open window; its sums stay on the device.
+
+    Each loss is back-propagated times ``weight / reference``: the weight of all micro-batches that are expected makes
+    the accumulated gradient the mean already when they arrive, and keeps it near a mean's size when others do.
+    """
 
     reference: float = 1.0
     weight: float = 0.0

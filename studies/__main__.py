@@ -69,7 +69,7 @@ def overhead(
         times,
         f"one window: {study.STEPS} micro-batches of {study.MICRO_BATCH}, 80 layers of width {study.WIDTH}, one thread",
     )
-    show(bias, f"estimates against the exact per-example covariance, {windows} windows")
+    show(bias.drop(columns="windows"), f"estimates against the exact per-example covariance, {windows} windows")
     for name, table in (("time", seconds), ("cost", times), ("bias", bias)):
         table.attrs = {"provenance": provenance()}
         write_atomically(table, out / f"{name}.parquet")

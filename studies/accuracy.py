@@ -66,6 +66,7 @@ def measure(windows: int = 1000, seed: int = 0) -> pd.DataFrame:
                 {
                     "micro-batches": kind,
                     "quantity": quantity,
+                    "windows": windows,
                     "exact": exact,
                     "mean estimate": found.mean(),
                     "bias %": 100 * (found.mean() / exact - 1),

@@ -56,21 +56,17 @@ def quick_section() -> str:
     ]
     run = results[results["arm"] == "adaptive"]
     first, last = run.iloc[len(run) // 4], run.iloc[-1]
-    scale = [
-        "{noise_scale:.0f} ({noise_scale_low:.0f} to {noise_scale_high:.0f})".format(**row) for row in (first, last)
-    ]
     return (
         f"{markdown(rows)}\n\n"
-        f"One seed, {row_count(results)} optimizer steps in `studies/results/quick/results.parquet`. The adaptive arm "
-        f"measured a noise scale of {scale[0]} examples after {first['examples_seen']:,.0f} examples and {scale[1]} at the "
-        f"end (95 % intervals), and went from {run['accumulation_steps'].iloc[0]} to "
+        f"One seed, {len(results):,} optimizer steps in `studies/results/quick/results.parquet`. The adaptive arm "
+        f"measured a noise scale of {_scale(first)} examples after {first['examples_seen']:,.0f} examples and "
+        f"{_scale(last)} at the end (95 % intervals), and went from {run['accumulation_steps'].iloc[0]} to "
         f"{run['accumulation_steps'].iloc[-2]} micro-batches of 32."
     )
 
 
-def row_count(results: pd.DataFrame) -> str:
-    """Number of rows, with thousands."""
-    return f"{len(results):,}"
+def _scale(row: pd.Series) -> str:
+    return f"{row['noise_scale']:.0f} ({row['noise_scale_low']:.0f} to {row['noise_scale_high']:.0f})"
 
 
 def overhead_section() -> str:
@@ -87,15 +83,15 @@ def overhead_section() -> str:
         }
         for _, row in cost.iterrows()
     ]
-    worst = bias["bias %"].abs().max()
     return (
         f"{markdown(rows)}\n\n"
         "Median ratio to the hand-written loop, interleaved in one process on one CPU thread: 8 micro-batches of 256, "
         "80 layers of width 128. Host reads and memory are above the hand-written loop's; memory is the sum of all "
         "tensors newly allocated in a window.\n\n"
         "The estimates are unbiased: against the exact per-example covariance of a small network the mean over "
-        f"{1000:,} windows is off by at most {worst:.1f} % ({bias['bias in SE'].abs().max():.1f} standard errors), with "
-        "equal and unequal micro-batches. `python -m studies overhead` measures all of this on your machine."
+        f"{bias['windows'].iloc[0]:,} windows is off by at most {bias['bias %'].abs().max():.1f} % "
+        f"({bias['bias in SE'].abs().max():.1f} standard errors), with equal and unequal micro-batches. "
+        "`python -m studies overhead` measures all of this on your machine."
     )
 
 

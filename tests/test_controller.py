@@ -128,16 +128,16 @@ class TestExactness:
             for name, value in twin_optimizer.state[q].items():
                 assert torch.equal(torch.as_tensor(ours_optimizer.state[p][name]), torch.as_tensor(value))
 
-    def test_four_step_windows_are_the_usual_accumulation_loop_bit_for_bit(self):
-        """loss / k and one division by k at the end round alike when k is a power of two."""
-        data = batches([6] * 12, dtype=torch.float32)
+    @pytest.mark.parametrize("k", [2, 3, 5])
+    def test_equal_micro_batches_are_the_usual_accumulation_loop_bit_for_bit(self, k):
+        data = batches([7] * (3 * k), dtype=torch.float32)
         ours, twin = small_model(dtype=torch.float32), small_model(dtype=torch.float32)
-        with ab.BatchController(ours, adamw(ours), rule=ab.Fixed(4)) as controller:
+        with ab.BatchController(ours, adamw(ours), rule=ab.Fixed(k)) as controller:
             run(controller, data)
         optimizer = adamw(twin)
-        for index, x in enumerate(data):
-            (squared(twin, x) / 4).backward()
-            if index % 4 == 3:
+        for index, x in enumerate(data, start=1):
+            (squared(twin, x) / k).backward()
+            if index % k == 0:
                 optimizer.step()
                 optimizer.zero_grad()
         assert equal_state(ours, twin)
@@ -446,6 +446,8 @@ class TestState:
         pd.testing.assert_frame_equal(
             other.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
         )
+        controller.discard_window()
+        other.discard_window()
         assert other.state_dict() | {"wall_seconds": 0} == controller.state_dict() | {"wall_seconds": 0}
 
     def test_time_goes_on_after_a_load(self):

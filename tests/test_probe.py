@@ -197,3 +197,19 @@ def test_the_accumulated_gradient_dense_and_sparse():
     assert all_gradients_finite(parameters)
     model.out.weight.grad[0, 0] = torch.inf
     assert not all_gradients_finite(parameters)
+
+
+def test_mixed_types_and_a_model_that_changes_its_type():
+    model = nn.ModuleList([nn.Linear(3, 3).double(), nn.Linear(3, 3), nn.Linear(3, 3).bfloat16()])
+
+    def loss() -> Tensor:
+        x = torch.ones(2, 3)
+        return sum((layer(x.to(layer.weight.dtype)).double().square().sum() for layer in model), torch.zeros(()))
+
+    probe = attached(model)
+    assert heard(probe, loss()) == pytest.approx(accumulated(model), rel=1e-5)
+    assert float(batch_gradient_sq_norm(list(model.parameters()))) == pytest.approx(accumulated(model), rel=1e-5)
+    model.zero_grad()
+    model.double()
+    probe.attach(model, torch.optim.SGD(model.parameters()))
+    assert heard(probe, loss()) == pytest.approx(accumulated(model), rel=1e-12)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 import adaptbatch as ab
+from adaptbatch.records import Reason
 from studies import readme
 
 ROOT = Path(__file__).parent.parent
@@ -67,15 +69,5 @@ def test_a_missing_section_is_refused():
 def test_the_columns_and_reasons_are_documented():
     for name in ab.history.COLUMNS:
         assert f"`{name}`" in TEXT
-    for reason in (
-        "hold",
-        "grow",
-        "shrink",
-        "growth_limited",
-        "at_max",
-        "at_min",
-        "undecided",
-        "signal_lost",
-        "nonfinite",
-    ):
+    for reason in set(get_args(Reason)) - {"noise_floor", "guard"}:
         assert f"`{reason}`" in TEXT
