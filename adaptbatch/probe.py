@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 HALF = (torch.float16, torch.bfloat16)
-_Kind = tuple[int, torch.device, torch.dtype]
-_NormKind = tuple[torch.device, torch.dtype]
+# Gradients of at most this many elements wait for the end of the backward pass and are measured in one go: one by one,
+# each would cost as much as a large one. Together they are a sliver of the model.
+SMALL = 1024
+_Kind = tuple[torch.device, torch.dtype]
 
 
 class GradientProbe:
@@ -37,9 +39,9 @@ class GradientProbe:
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []
         self._in_model: set[int] = set()
-        self._kinds: list[_Kind] = []
+        self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
-        self._norms: list[Tensor] = []
+        self._boards: list[_NormBoard] = []
         self._heard: list[int] = []
         self._open = False
 
@@ -68,24 +70,25 @@ class GradientProbe:
             self._hook_all()
 
     def _hook_all(self) -> None:
-        """One hook a parameter, each with its own place in a small buffer of norms: one buffer a device and type."""
-        places: dict[_NormKind, list[int]] = {}
+        places: dict[_Kind, list[int]] = {}
         for index, p in enumerate(self.parameters):
             places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
         for (device, dtype), members in places.items():
-            buffer = torch.zeros(len(members), device=device, dtype=dtype)
-            self._norms.append(buffer)
-            for index, slot in zip(members, buffer.unbind(), strict=True):
-                self._handles.append(self.parameters[index].register_hook(self._hook(index, slot)))  # type: ignore[no-untyped-call]
+            board = _NormBoard(len(members), device, dtype)
+            self._boards.append(board)
+            for slot, index in enumerate(members):
+                small = self.parameters[index].numel() <= SMALL
+                hook = self._hook(index, board.hold if small else board.writer(slot))
+                self._handles.append(self.parameters[index].register_hook(hook))  # type: ignore[no-untyped-call]
 
-    def _hook(self, index: int, slot: Tensor) -> Callable[[Tensor], None]:
+    def _hook(self, index: int, note: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         heard = self._heard.append
 
         def hear(grad: Tensor) -> None:
             # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
             if self._open:
                 heard(index)
-                gradient_norm(grad, slot)
+                note(grad)
 
         return hear
 
@@ -93,8 +96,8 @@ class GradientProbe:
     def listening(self) -> Iterator[None]:
         """Listen to one backward pass; forget what an earlier one left behind."""
         self._heard.clear()
-        for norms in self._norms:
-            norms.zero_()
+        for board in self._boards:
+            board.clear()
         self._open = True
         try:
             yield
@@ -120,13 +123,46 @@ class GradientProbe:
                 "a parameter received its gradient in several parts within one backward pass, as reentrant activation "
                 "checkpointing does for a shared parameter; use checkpoint(..., use_reentrant=False)."
             )
-        return sum_of_squares(self._norms)
+        return sum_of_squares([board.norms() for board in self._boards])
 
     def close(self) -> None:
         """Remove every hook; nothing is left on the parameters."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._norms, self._kinds, self.parameters = [], [], [], []
+        self._handles, self._boards, self._kinds, self.parameters = [], [], [], []
+
+
+class _NormBoard:
+    """The norms of one micro-batch on one device: a slot for each large gradient, one for the small ones together."""
+
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._values = torch.zeros(size + 1, device=device, dtype=dtype)
+        self._slots = self._values.unbind()
+        self._held: list[Tensor] = []
+
+    def writer(self, index: int) -> Callable[[Tensor], None]:
+        """What writes the norm of a gradient into its slot."""
+        slot = self._slots[index]
+        return lambda grad: gradient_norm(grad, slot)  # type: ignore[return-value]
+
+    def hold(self, grad: Tensor) -> None:
+        """Keep a small gradient until :meth:`norms`."""
+        self._held.append(_values(grad).flatten())
+
+    def clear(self) -> None:
+        self._held.clear()
+        self._values.zero_()
+
+    def norms(self) -> Tensor:
+        """All slots, those not written zero."""
+        if self._held:
+            gradient_norm(torch.cat(self._held), self._slots[-1])
+            self._held.clear()
+        return self._values
+
+
+def _values(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,8 +172,8 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def gradient_norm(grad: Tensor, out: Tensor | None = None) -> Tensor:
     """Euclidean norm, at least in float32, of any layout; duplicate sparse entries are added first."""
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float32 if values.dtype in HALF else None, out=out)
+    dtype = torch.float32 if grad.dtype in HALF else None
+    norm: Tensor = torch.linalg.vector_norm(_values(grad), dtype=dtype, out=out)
     return norm
 
 
