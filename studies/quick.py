@@ -19,7 +19,7 @@ from studies.training import Arm, Task
 
 STUDY = "quick"
 MICRO_BATCH = 32
-TASK = Task(data="mnist", examples=150_000, micro_batch=MICRO_BATCH)
+TASK = Task(data="mnist", examples=130_000, micro_batch=MICRO_BATCH)
 
 ARMS = (
     Arm("fixed 256", ab.Fixed(256 // MICRO_BATCH), lr=3e-3),
