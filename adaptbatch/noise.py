@@ -28,7 +28,7 @@ def inverse_size(batch: float, population: float = math.inf) -> float:
     """``phi(n) = 1/n - 1/N``, the factor between ``tr(Sigma)`` and the squared standard error; 0 once ``n >= N``.
 
     Source:
-        Cochran 1977, Sampling Techniques, sec. 2.6 (finite-population correction).
+        Cochran 1977, Sampling Techniques (finite-population correction).
 
     Example:
         >>> inverse_size(100), inverse_size(100, population=400), inverse_size(500, population=400)
@@ -82,7 +82,7 @@ def standard_error(pair: NoiseEstimate, batch: float, population: float = math.i
 
 
 def relative_error(pair: NoiseEstimate, batch: float, population: float = math.inf) -> float:
-    """``sqrt(phi(n) tr(Sigma)) / |G|`` [1]; infinite when ``|G|^2`` is not above zero.
+    """``sqrt(phi(n) tr(Sigma)) / |G|`` [1]; infinite when ``|G|^2`` is not above zero, 0 where there is no error.
 
     Example:
         >>> relative_error(NoiseEstimate(grad_sq_norm=4.0, noise_trace=100.0), batch=25)
@@ -90,9 +90,10 @@ def relative_error(pair: NoiseEstimate, batch: float, population: float = math.i
     """
     if math.isnan(pair.grad_sq_norm):
         return math.nan
-    if pair.grad_sq_norm <= 0.0:
-        return math.inf
-    return standard_error(pair, batch, population) / math.sqrt(pair.grad_sq_norm)
+    error = standard_error(pair, batch, population)
+    if error == 0.0:
+        return 0.0
+    return error / math.sqrt(pair.grad_sq_norm) if pair.grad_sq_norm > 0.0 else math.inf
 
 
 def noise_scale(pair: NoiseEstimate) -> float:

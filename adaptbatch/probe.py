@@ -1,7 +1,7 @@
 """The sensor: hooks that hear the gradient of one micro-batch before it is added to ``.grad``.
 
-A tensor hook sees each parameter's micro-batch gradient once per backward, tied uses summed, and keeps only its
-float32 norm: no copy of a gradient, no read by the host. What is heard stays on the device until the window ends.
+A tensor hook sees each parameter's micro-batch gradient once per backward, tied uses summed, and keeps only its norm:
+no copy of a gradient, no read by the host. What is heard stays on the device until the window ends.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class GradientProbe:
                 "the optimizer holds parameters that the model no longer has, as after load_state_dict(assign=True): "
                 "its steps would train nothing. Put the model's new parameters into optimizer.param_groups."
             )
-        self._in_model = present
+        # Only of parameters that are held here, so that no id is used again.
+        self._in_model = present & {id(p) for p in parameters}
         kinds = [(id(p), p.device, p.dtype) for p in parameters]
         if kinds != self._kinds:
             self.close()
@@ -70,6 +71,7 @@ class GradientProbe:
             self._hook_all()
 
     def _hook_all(self) -> None:
+        """One hook a parameter, and one board of norms for each device and type."""
         places: dict[_Kind, list[int]] = {}
         for index, p in enumerate(self.parameters):
             places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
@@ -150,6 +152,7 @@ class _NormBoard:
         self._held.append(_values(grad).flatten())
 
     def clear(self) -> None:
+        """Nothing heard."""
         self._held.clear()
         self._values.zero_()
 

@@ -132,8 +132,10 @@ def decide(rule: Rule, evidence: NoiseEstimate, progress: Progress, limits: Limi
         Decision(accumulation_steps=8, target_batch=4096.0, reason='growth_limited')
     """
     limits = limits.resolve(rule, progress.world_size)
+    # Limits may have changed under way: the rule decides from a size that they allow.
+    progress = replace(progress, accumulation_steps=limits.clamp(progress.accumulation_steps))
     if not progress.finite and rule.closed_loop:
-        return Decision(limits.clamp(progress.accumulation_steps), math.nan, "nonfinite")
+        return Decision(progress.accumulation_steps, math.nan, "nonfinite")
     decision = rule.decide(evidence, progress, limits)
     steps = limits.clamp(decision.accumulation_steps)
     reason: Reason = decision.reason
@@ -205,8 +207,10 @@ class RelativeStandardError:
         if not evidence.effective_windows >= MIN_EFFECTIVE_WINDOWS or progress.examples_since_change < wait:
             return Decision(k, target, "undecided")
         wanted = math.ceil(target / progress.step_examples) if math.isfinite(target) else math.inf
-        if self._significant(evidence, batch, progress.population, self.z_grow):
-            return self._grow(k, wanted, target, limits)
+        if self._noisy(evidence, batch, progress.population):
+            steps, reason = _growth(k, wanted, limits)
+            lost = evidence.grad_sq_norm <= 0.0 and reason != "at_max"
+            return Decision(steps, target, "signal_lost" if lost else reason)
         if wanted > k:
             return Decision(k, target, "undecided")
         if k <= limits.lower:
@@ -217,22 +221,11 @@ class RelativeStandardError:
             return Decision(smaller, target, "at_min" if wanted < smaller == limits.lower else "shrink")
         return Decision(k, target, "hold")
 
-    def _grow(self, k: int, wanted: float, target: float, limits: Limits) -> Decision:
-        allowed = math.ceil(limits.max_growth * k)
-        steps = max(k + 1, min(wanted, allowed))
-        reason: Reason = "grow"
-        if steps > limits.max_steps:
-            reason = "at_max"
-        elif math.isinf(wanted):
-            reason = "signal_lost"
-        elif wanted > steps:
-            reason = "growth_limited"
-        return Decision(limits.clamp(steps), target, reason)
-
     # The seam of the second channel: whatever says "too noisy" or "quiet enough" at a size stands in these two.
-    def _significant(self, evidence: NoiseEstimate, batch: float, population: float, z: float) -> bool:
+    def _noisy(self, evidence: NoiseEstimate, batch: float, population: float) -> bool:
         excess, error = noise.excess_error(evidence, batch, self.theta, population)
-        return excess > z * error
+        # A batch of the whole population has no error left to halve.
+        return excess > self.z_grow * error and batch < population
 
     def _quiet(self, evidence: NoiseEstimate, batch: float, population: float) -> bool:
         excess, error = noise.excess_error(evidence, batch, self.theta, population)
@@ -363,6 +356,14 @@ class Ramp:
     def decide(self, evidence: NoiseEstimate, progress: Progress, limits: Limits) -> Decision:
         """The ramp at this many examples, within the limits."""
         return _open_loop(self.steps(progress.examples_seen), progress, limits)
+
+
+def _growth(k: int, wanted: float, limits: Limits) -> tuple[int, Reason]:
+    """The size on the way to ``wanted`` that the limits allow in one move, at least one step up."""
+    steps = max(k + 1, min(wanted, math.ceil(limits.max_growth * k)))
+    if steps > limits.max_steps:
+        return limits.max_steps, "at_max"
+    return int(steps), "growth_limited" if wanted > steps else "grow"
 
 
 def _open_loop(steps: float, progress: Progress, limits: Limits) -> Decision:

@@ -71,7 +71,7 @@ def split(data: Sequence[Tensor], steps: Sequence[int]) -> list[list[Tensor]]:
 
 
 class TestExactness:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(
         sizes=st.lists(st.integers(1, 9), min_size=1, max_size=14),
         steps=st.lists(st.integers(1, 5), min_size=1, max_size=6),

@@ -122,6 +122,11 @@ class TestReadings:
         assert noise.required_batch(lost, 1.0) == math.inf
         assert noise.required_batch(lost, 1.0, population=60_000) == 60_000
 
+    def test_the_whole_population_has_no_error(self):
+        for signal in (-1.0, 0.0, 4.0):
+            whole = NoiseEstimate(grad_sq_norm=signal, noise_trace=100.0)
+            assert noise.relative_error(whole, batch=500, population=400) == 0.0
+
     def test_no_evidence_reads_as_nan(self):
         nothing = NoiseEstimate(math.nan, math.nan)
         readings = (noise.noise_scale(nothing), noise.relative_error(nothing, 10.0), noise.required_batch(nothing, 1.0))

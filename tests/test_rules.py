@@ -152,7 +152,7 @@ class TestCLTRule:
         lost = replace(self.sure, grad_sq_norm=-0.5)
         assert decide(RelativeStandardError(), lost, self.at, Limits()) == Decision(8, math.inf, "signal_lost")
         known = replace(self.at, population=60_000)
-        assert decide(RelativeStandardError(), lost, known, Limits()).target_batch == 60_000
+        assert decide(RelativeStandardError(), lost, known, Limits()) == Decision(8, 60_000, "signal_lost")
 
     def test_hold_where_the_target_is_this_size(self):
         assert self.decide(target=250) == Decision(4, 250.0, "hold")
@@ -191,6 +191,11 @@ class TestCLTRule:
         assert decide(RelativeStandardError(dead_time=101), pair, at, Limits()).reason == "undecided"
         assert decide(RelativeStandardError(dead_time=100), pair, at, Limits()).reason == "growth_limited"
         assert decide(RelativeStandardError(memory=200), pair, at, Limits()).reason == "growth_limited"
+
+    def test_the_whole_population_is_enough(self):
+        lost = replace(self.sure, grad_sq_norm=-0.5)
+        decision = decide(RelativeStandardError(), lost, replace(self.at, population=200), Limits())
+        assert decision == Decision(4, 200.0, "hold")
 
     def test_a_known_population_needs_less(self):
         pair = replace(self.sure, noise_trace=400.0)
