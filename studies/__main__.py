@@ -8,7 +8,6 @@ from typing import Annotated
 
 import pandas as pd
 import tyro
-from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 from studies import quick as quick_study
@@ -16,7 +15,6 @@ from studies.analysis import summary
 from studies.figures import quick_figure
 from studies.runner import RUNS, provenance, run_all, write_atomically
 
-console = Console()
 app = tyro.extras.SubcommandApp()
 
 
@@ -45,9 +43,9 @@ def quick(
         micro_batch=quick_study.MICRO_BATCH,
         collapsed=quick_study.mean_image_loss(),
     )
-    console.print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/schema.py)")
-    console.print(f"figure  {out / 'figure.png'}")
-    console.print(f"took    {time.perf_counter() - started:.0f} s")
+    print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/schema.py)")
+    print(f"figure  {out / 'figure.png'}")
+    print(f"took    {time.perf_counter() - started:.0f} s")
 
 
 @app.command
@@ -60,7 +58,7 @@ def overhead(
     from studies import accuracy
     from studies import overhead as study
 
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as bar:
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
         task = bar.add_task("windows, interleaved", total=rounds)
         seconds = study.measure_time(rounds, report=lambda done: bar.update(task, completed=done))
     times = study.ratios(seconds).merge(study.measure_cost())
@@ -73,7 +71,7 @@ def overhead(
     for name, table in (("time", seconds), ("cost", times), ("bias", bias)):
         table.attrs = {"provenance": provenance()}
         write_atomically(table, out / f"{name}.parquet")
-    console.print(f"tables  {out}")
+    print(f"tables  {out}")
 
 
 @app.command

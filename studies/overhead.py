@@ -35,10 +35,7 @@ def _adam(model: torch.nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=1e-4)
 
 
-def hand_written(model: Autoencoder) -> Window:
-    """The accumulation loop that everyone writes."""
-    optimizer = _adam(model)
-
+def _accumulate(model: Autoencoder, optimizer: Any) -> Window:
     def window(batches: Sequence[Tensor]) -> None:
         for x in batches:
             (model.loss(x) / len(batches)).backward()
@@ -46,6 +43,11 @@ def hand_written(model: Autoencoder) -> Window:
         optimizer.zero_grad()
 
     return window
+
+
+def hand_written(model: Autoencoder) -> Window:
+    """The accumulation loop that everyone writes."""
+    return _accumulate(model, _adam(model))
 
 
 def empty_hooks(model: Autoencoder) -> Window:
@@ -73,15 +75,7 @@ def fairscale_adascale(model: Autoencoder) -> Window:
     """fairscale's AdaScale: noise and signal from micro-batches, a gain for the learning rate."""
     from fairscale.optim import AdaScale
 
-    optimizer = AdaScale(_adam(model), world_size=1, num_gradients_to_accumulate=STEPS)
-
-    def window(batches: Sequence[Tensor]) -> None:
-        for x in batches:
-            (model.loss(x) / len(batches)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return window
+    return _accumulate(model, AdaScale(_adam(model), world_size=1, num_gradients_to_accumulate=STEPS))
 
 
 def _gqc(model: Autoencoder, wrapper: str, state: str) -> Window:

@@ -35,6 +35,11 @@ class Run:
     arm: Arm
     seed: int
 
+    @property
+    def label(self) -> str:
+        """Arm and seed, for the progress bars."""
+        return f"{self.arm.name}, seed {self.seed}"
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for a stored result to be taken as this run's."""
         return {
@@ -65,7 +70,7 @@ class Run:
         import torch
 
         torch.set_num_threads(1)
-        report = (lambda seen: progress.put((self.arm.name, seen))) if progress is not None else (lambda seen: None)
+        report = (lambda seen: progress.put((self.label, seen))) if progress is not None else (lambda seen: None)
         table = train(self.task, self.arm, self.seed, study=self.study, report=report)
         table.attrs = {"identity": self.identity(), "provenance": provenance()}
         write_atomically(table, self.path(folder))
@@ -105,7 +110,7 @@ def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:
     """
     waiting = [run for run in runs if run.stored(folder) is None]
     columns = (
-        TextColumn("{task.description:<14}"),
+        TextColumn("{task.description:<18}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("examples"),
@@ -117,7 +122,7 @@ def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:
         for run in runs:
             done = 0 if run in waiting else run.task.examples
             note = "" if run in waiting else " (stored)"
-            names[run.arm.name] = bars.add_task(run.arm.name + note, total=run.task.examples, completed=done)
+            names[run.label] = bars.add_task(run.label + note, total=run.task.examples, completed=done)
         queue: Queue[tuple[str, float]] = manager.Queue()
         listener = threading.Thread(target=_show, args=(queue, bars, names))
         listener.start()
