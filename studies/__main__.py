@@ -11,6 +11,7 @@ import tyro
 from rich.progress import Progress, TimeElapsedColumn
 
 from studies import quick as quick_study
+from studies import two_networks as two_networks_study
 from studies.analysis import summary
 from studies.figures import quick_figure
 from studies.runner import RUNS, provenance, run_all, write_atomically
@@ -72,6 +73,19 @@ def overhead(
         table.attrs = {"provenance": provenance()}
         write_atomically(table, out / f"{name}.parquet")
     print(f"tables  {out}")
+
+
+@app.command(name="two-networks")
+def two_networks(
+    network: two_networks_study.Network = "noisy",
+    seeds: Annotated[int, tyro.conf.arg(help="seeds 0 to this, less one")] = 5,
+    out: Path = RUNS / "two-networks",
+    workers: Annotated[int, tyro.conf.arg(help="processes, one thread each")] = 2,
+) -> None:
+    """One rule on a noisy and on a well-behaved network, against fixed batches; finished runs are kept."""
+    results = run_all(two_networks_study.runs(network, seeds), out / network, workers)
+    show(summary(results).astype({"seed": str}), f"{network} network, 80-layer residual VAE on MNIST")
+    print(f"table   {out / network / 'results.parquet'}")
 
 
 @app.command
