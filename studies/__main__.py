@@ -10,10 +10,11 @@ import pandas as pd
 import tyro
 from rich.progress import Progress, TimeElapsedColumn
 
+import adaptbatch as ab
 from studies import quick as quick_study
 from studies import two_networks as two_networks_study
 from studies.analysis import summary
-from studies.figures import quick_figure
+from studies.figures import closed_loop_figure, quick_figure
 from studies.runner import RUNS, provenance, run_all, write_atomically
 
 app = tyro.extras.SubcommandApp()
@@ -88,6 +89,24 @@ def two_networks(
     print(f"table   {out / network / 'results.parquet'}")
 
 
+@app.command(name="closed-loop")
+def closed_loop(
+    out: Path = RUNS / "closed-loop",
+    seeds: Annotated[int, tyro.conf.arg(help="seeds 0 to this, less one")] = 5,
+    workers: int = 2,
+) -> None:
+    """The default rule against a noise scale that is known: switches, reversals, error, lag."""
+    from studies import closed_loop as study
+
+    windows = study.run_study([ab.RelativeStandardError()], seeds, workers)
+    table = study.table(windows)
+    show(table.drop(columns="rule"), f"{table['rule'].iloc[0]}, means over {seeds} seeds")
+    table.attrs = {"provenance": provenance()}
+    write_atomically(table, out / "table.parquet")
+    closed_loop_figure(windows, out / "figure.png", study.CELL)
+    print(f"table   {out / 'table.parquet'}\nfigure  {out / 'figure.png'}")
+
+
 @app.command
 def readme() -> None:
     """Write the numbers of README.md from the committed results."""
@@ -101,7 +120,8 @@ def show(table: pd.DataFrame, title: str) -> None:
     kinds = {"examples": ",.0f", "updates": ",.0f", "mean n": ",.0f", "spikes": ".0f", "limits": ".0%"}
     kinds |= {"lr": ".0e", "wall s": ".0f", "window ms": ".1f", "host reads": ".0f", "extra bytes": ",.0f"}
     kinds |= {"ratio": ".3f", "ratio low": ".3f", "ratio high": ".3f", "bias %": "+.2f", "bias in SE": "+.2f"}
-    kinds |= {"exact": ".4g", "mean estimate": ".4g"}
+    kinds |= {"exact": ".4g", "mean estimate": ".4g", "switches": ".1f", "reversals": ".1f", "lag": ",.0f"}
+    kinds |= {"rms log error": ".3f", "at limits": ".0%", "most switches": ".0f"}
     texts = {name: [_text(value, kinds.get(name, ".2f")) for value in table[name]] for name in table}
     print(f"\n{title}\n\n{pd.DataFrame(texts).to_string(index=False)}\n")
 

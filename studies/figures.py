@@ -155,3 +155,33 @@ def _reasons(axes: Axes, run: pd.DataFrame) -> None:
     counts = run["reason"].value_counts()
     handles = [Patch(color=REASON_COLOURS[reason], label=f"{reason} ({count})") for reason, count in counts.items()]
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -1.6), ncols=6, handlelength=1.2)
+
+
+def closed_loop_figure(windows: pd.DataFrame, path: Path, cell: int) -> None:
+    """Each profile's true noise scale and the batch that the rule chose, every seed a line.
+
+    Args:
+        windows: Of :func:`studies.closed_loop.run_study`, one rule.
+        path: PNG to write.
+        cell: Examples of one accumulation step.
+    """
+    profiles = windows["profile"].unique()
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            1, len(profiles), figsize=(2.6 * len(profiles), 3.2), sharey=True, layout="constrained"
+        )
+        figure.suptitle("A known noise scale (black) and the batch the rule chose (one line a seed)", x=0.01, ha="left")
+        for axes, profile in zip(grid, profiles, strict=True):
+            shown = windows[windows["profile"] == profile]
+            for colour, (_, run) in zip(ARM_COLOURS, shown.groupby("seed"), strict=False):
+                axes.step(run["examples_seen"] / 1e6, run["accumulation_steps"] * cell, color=colour, lw=1, where="pre")
+            axes.plot(run["examples_seen"] / 1e6, run["true_noise_scale"], color="black", lw=1.6)
+            axes.set_title(profile.replace(", ", ",\n"))
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.set_xlabel("million examples")
+            axes.grid(axis="y", alpha=0.25)
+        grid[0].set_ylabel("examples")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
