@@ -19,7 +19,7 @@ def fill(text: str) -> str:
     Raises:
         ValueError: If a section's markers are missing.
     """
-    for name, make in (("quick", quick_section), ("overhead", overhead_section)):
+    for name, make in (("quick", quick_section), ("closed loop", loop_section), ("overhead", overhead_section)):
         pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(
@@ -67,6 +67,21 @@ def quick_section() -> str:
 
 def _scale(row: pd.Series) -> str:
     return f"{row['noise_scale']:.0f} ({row['noise_scale_low']:.0f} to {row['noise_scale_high']:.0f})"
+
+
+def loop_section() -> str:
+    """How the default rule follows a noise scale that is known."""
+    table = pd.read_parquet(RESULTS / "closed-loop" / "table.parquet")
+    rows = [
+        {
+            "true noise scale": row["profile"],
+            "switches": f"{row['switches']:.1f}",
+            "reversals": f"{row['reversals']:.1f}",
+            "rms log error of k": f"{row['rms log error']:.2f}",
+        }
+        for _, row in table.iterrows()
+    ]
+    return markdown(rows)
 
 
 def overhead_section() -> str:

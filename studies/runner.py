@@ -58,12 +58,21 @@ class Run:
         return folder / "runs" / f"{self.arm.name.replace(' ', '-')}-{self.seed}.parquet"
 
     def stored(self, folder: Path) -> pd.DataFrame | None:
-        """Its finished table, or None if there is none or it is another configuration's."""
-        path = self.path(folder)
-        if not path.is_file():
+        """Its finished table, from its own file or from the study's; None if there is none of this configuration."""
+        identity = json.loads(json.dumps(self.identity()))
+        if (path := self.path(folder)).is_file():
+            table = pd.read_parquet(path)
+            return table if table.attrs.get("identity") == identity else None
+        if not (path := folder / "results.parquet").is_file():
             return None
-        table = pd.read_parquet(path)
-        return table if table.attrs.get("identity") == json.loads(json.dumps(self.identity())) else None
+        results = pd.read_parquet(path)
+        for attrs in results.attrs.get("runs", ()):
+            if attrs.get("identity") == identity:
+                rows = results[(results["arm"] == self.arm.name) & (results["seed"] == self.seed)]
+                table = rows.reset_index(drop=True)
+                table.attrs = attrs
+                return table
+        return None
 
     def execute(self, folder: Path, progress: Queue[tuple[str, float]] | None = None) -> None:
         """Train and store, in one atomic move: a table exists whole or not at all."""

@@ -190,6 +190,15 @@ class TestRunner:
         run_all(self.runs(examples=320), tmp_path, workers=1)
         assert paths[0].stat().st_mtime_ns != stamps[0]
 
+    def test_a_studys_table_alone_is_enough_to_resume(self, tmp_path):
+        first = run_all(self.runs(), tmp_path, workers=1)
+        for run in self.runs():
+            run.path(tmp_path).unlink()
+        again = run_all(self.runs(), tmp_path, workers=1)
+        assert not any(run.path(tmp_path).exists() for run in self.runs())
+        pd.testing.assert_frame_equal(first, again)
+        assert again.attrs == first.attrs
+
     def test_the_table_says_where_it_comes_from(self, tmp_path):
         run = self.runs()[0]
         run.execute(tmp_path)
