@@ -33,7 +33,8 @@ def fill(text: str) -> str:
 def markdown(rows: list[dict[str, str]]) -> str:
     """A Markdown table, first column to the left, the others to the right."""
     names = list(rows[0])
-    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *([row[name] for name in names] for row in rows)]
+    cells = [[row[name].replace("|", r"\|") for name in names] for row in rows]
+    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
