@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
         widths: Hidden width next to the data and next to the code [units].
         code: Width of the code [units].
         residual: ``none``, ``identity``, ``scaled`` (1/sqrt of the number of residual layers), ``rezero``.
-        norm: ``none``, ``pre``, ``branch``, or ``heads``; all but ``none`` also normalise before the code.
+        norm: ``none``, ``pre``, ``branch``, or ``heads``; all but ``none`` normalise what the code is read from.
         variational: Sample the code (VAE) or pass it on (AE).
         inputs: Width of the data [units].
 
@@ -132,10 +132,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction from a code."""
-        h: Tensor = self.decoder(self.from_code(z))
-        if self.normalise_heads:
-            h = F.layer_norm(h, h.shape[-1:])
-        reconstruction: Tensor = self.decode_out(h)
+        reconstruction: Tensor = self.decode_out(self.decoder(self.from_code(z)))
         return reconstruction
 
     def example_losses(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -72,7 +72,15 @@ class TestNetworks:
         out = nn.functional.leaky_relu(layer.linear(given), 0.2)
         expected = nn.functional.layer_norm(out, (6,)) if side == "output" else out
         torch.testing.assert_close(layer.branch(h), expected)
-        assert Autoencoder(depth=8, widths=(16, 8), code=4, norm=norm).normalise_heads == (norm != "none")
+
+    @pytest.mark.parametrize("norm", ["none", "pre", "branch", "heads"])
+    def test_what_the_code_is_read_from_is_normalised(self, norm):
+        net, x = Autoencoder(depth=8, widths=(16, 8), code=4, norm=norm), torch.rand(5, 784)
+        h = net.encoder(net.encode_in(x))
+        read = h if norm == "none" else nn.functional.layer_norm(h, (8,))
+        torch.testing.assert_close(net.encode(x), net.to_code(read))
+        z = torch.randn(5, 4)
+        torch.testing.assert_close(net.decode(z), net.decode_out(net.decoder(net.from_code(z))))
 
     def test_variational_loss_is_squared_error_plus_divergence(self):
         torch.manual_seed(0)
