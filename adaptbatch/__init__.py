@@ -3,6 +3,7 @@
 The house: ``probe`` hears gradients, ``noise`` weighs noise against signal, ``rules`` decides, ``controller`` acts.
 """
 
+from adaptbatch import noise
 from adaptbatch.controller import BatchController
 from adaptbatch.history import History
 from adaptbatch.noise import NoiseTracker
@@ -26,4 +27,5 @@ __all__ = [
     "Replay",
     "Rule",
     "decide",
+    "noise",
 ]

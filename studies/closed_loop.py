@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 import adaptbatch as ab
-from adaptbatch import noise
 
 CELL, DIMENSION, EXAMPLES = 32, 20, 3e6
 LIMITS = ab.Limits(max_steps=256)
@@ -55,8 +54,8 @@ def simulate(rule: ab.Rule, profile: Profile, seed: int, examples: float = EXAMP
         window = draw_window(rng, at.accumulation_steps, profile.noise_scale(u), profile.length(u))
         seen = at.examples_seen + window.global_batch
         at = replace(at, window=at.window + 1, examples_seen=seen, examples_since_change=seen - changed)
-        memory = noise.memory_examples(rule.memory, CELL, window.global_batch)
-        tracker = tracker.update(noise.estimate(window), window.global_batch, memory)
+        memory = ab.noise.memory_examples(rule.memory, CELL, window.global_batch)
+        tracker = tracker.update(ab.noise.estimate(window), window.global_batch, memory)
         decision = ab.decide(rule, tracker.estimate(), at, LIMITS)
         rows.append((seen, at.accumulation_steps, profile.noise_scale(u), decision.reason))
         changed = seen if decision.accumulation_steps != at.accumulation_steps else changed

@@ -33,9 +33,14 @@ def test_the_default_rule_follows_without_hunting(profile):
         assert found["reversals"] == 0
 
 
-def test_the_scale_of_the_gradient_does_not_matter_to_a_fixed_size():
-    flat = closed_loop.simulate(ab.Fixed(4), closed_loop.PROFILES[3], seed=0, examples=1e4)
-    assert (flat["accumulation_steps"].iloc[1:] == 4).all()
+def test_the_decisions_do_not_depend_on_the_gradients_length():
+    """A power of two scales every float exactly: the same sizes for the same reasons, window by window."""
+    rule = ab.RelativeStandardError()
+    one = closed_loop.Profile("p", lambda u: 400)
+    large = closed_loop.Profile("p", lambda u: 400, lambda u: 2.0**20)
+    short, long = (closed_loop.simulate(rule, profile, seed=0, examples=5e5) for profile in (one, large))
+    assert short["accumulation_steps"].nunique() > 2
+    pd.testing.assert_frame_equal(short, long)
 
 
 def test_measures_of_a_run_made_by_hand():
