@@ -1,10 +1,10 @@
 """The main job: does an 80-layer residual VAE on MNIST gain from a batch that follows the gradient noise?
 
 Four arms in the same loop, on one seed, with the same examples. The network is the well-behaved one of the pilots
-(branches scaled by 1/sqrt(L), width 128 to 32, code 16, Adam at 3e-3), chosen because it learns within this budget: its
-validation loss ends far below that of the mean image, where a collapsed VAE stays. It does not need a large batch: fixed
-4096 is expected to lose for want of updates, and fixed 256 need not be the optimum either.
-Micro-batches of 32 give the controller room on both sides of 256.
+(branches scaled by 1/sqrt(L), width 128 to 32, code 16, Adam at 3e-3), chosen because it learns within this budget:
+its validation loss ends far below that of the mean image, where a collapsed VAE stays. It does not need a large batch:
+fixed 4096 is expected to lose for want of updates, and fixed 256 need not be the optimum either. Micro-batches of 32
+give the controller room on both sides of 256.
 
 What this job cannot show, with one seed and one rate: that a controller beats the best fixed batch. It shows that the
 batch it finds by itself beats the three it is shown beside.
