@@ -90,3 +90,19 @@ def hand_written_loop(
         optimizer.zero_grad()
         loss(model, torch.cat(list(window))).backward()
         optimizer.step()
+
+
+def autocorrelation(windows: Sequence[NoiseEstimate], batches: Sequence[float], memories: Sequence[float]) -> float:
+    """The tracker's lag-1 autocorrelation of ``|G|^2 S_t - tr(Sigma) g_t``; every window has a degree of freedom.
+
+    Deviations are from the mean of the windows before.
+    """
+    ages = [sum(b / m for b, m in zip(batches[i + 1 :], memories[i + 1 :], strict=True)) for i in range(len(windows))]
+    w = np.array([2.0**-age * pair.degrees_of_freedom for age, pair in zip(ages, windows, strict=True)])
+    trace, signal = np.array([(pair.noise_trace, pair.grad_sq_norm) for pair in windows]).T
+    contrast = max(np.average(signal, weights=w), 0.0) * trace - max(np.average(trace, weights=w), 0.0) * signal
+    own = np.sum(w * (contrast - np.average(contrast, weights=w)) ** 2)
+    before = [np.average(contrast[:i], weights=w[:i]) for i in range(1, len(w))]
+    r = float(np.sum(w[1:] * (contrast[1:] - before) * (contrast[:-1] - before)) / own)
+    windows_eff = w.sum() ** 2 / (w**2).sum()
+    return min(r + (1 + 3 * r) / windows_eff, 0.95) if r > 1.28 / math.sqrt(windows_eff) else 0.0

@@ -190,27 +190,81 @@ class TestInterval:
         with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got confidence = "):
             noise.noise_scale_interval(NoiseEstimate(1.0, 1.0), confidence)
 
+
+BATCH, CELLS, DIMENSION, WINDOWS = 64, 4, 35, 30
+# Each example's squared scale, mean 1: its noise is Gaussian given the scale.
+SCALES = {
+    "gaussian": lambda rng, shape: np.ones(shape),
+    "student t, 5 df": lambda rng, shape: 3.0 / rng.chisquare(5, shape),
+    "contaminated": lambda rng, shape: np.where(rng.random(shape) < 0.05, 25.0, 1.0) / 2.2,
+}
+
+
+def draw_pairs(rng: np.random.Generator, runs: int, windows: int, theta_sq: float, scales, length: float = 1.0):
+    """Estimates of ``tr(Sigma) = n theta_sq`` and ``|G|^2 = length^2``, each ``[runs, windows]``."""
+    size = BATCH // CELLS
+    spread = np.sqrt(theta_sq * BATCH / DIMENSION / size * scales(rng, (runs, windows, CELLS, size)).mean(axis=-1))
+    cells = rng.standard_normal((runs, windows, CELLS, DIMENSION)) * spread[..., None]
+    cells[..., 0] += length
+    sq_norms, mean_sq = size * (cells**2).sum(axis=(2, 3)), (cells.mean(axis=2) ** 2).sum(axis=-1)
+    traces = (sq_norms - BATCH * mean_sq) / (CELLS - 1)
+    return traces, mean_sq - traces / BATCH
+
+
+def pooled(traces: np.ndarray, signals: np.ndarray, memory: float = math.inf) -> list[NoiseTracker]:
+    """One tracker a run."""
+    trackers = [NoiseTracker()] * len(traces)
+    for run, series in enumerate(zip(traces.tolist(), signals.tolist(), strict=True)):
+        for trace, signal in zip(*series, strict=True):
+            window = NoiseEstimate(signal, trace, degrees_of_freedom=CELLS - 1.0)
+            trackers[run] = trackers[run].update(window, BATCH, memory)
+    return trackers
+
+
+def share_covering(trackers: list[NoiseTracker], truth: float) -> float:
+    intervals = [noise.noise_scale_interval(tracker.estimate()) for tracker in trackers]
+    return float(np.mean([low <= truth <= high for low, high in intervals]))
+
+
+class TestCoverage:
+    """What 95 % means. Tolerances are three binomial standard errors of the count."""
+
+    @pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
     @pytest.mark.parametrize("theta_sq", [0.25, 1.0, 4.0])
-    def test_covers_the_truth(self, theta_sq):
-        """95 % intervals from 30 windows of 4 cells; the count's own binomial error is the tolerance."""
-        rng, runs, dimension, batch = np.random.default_rng(3), 1000, 35, 64
-        mean = np.zeros(dimension)
-        mean[0] = 1.0
-        truth = theta_sq * batch
-        spread = np.full(dimension, math.sqrt(truth / dimension))
-        covered = 0
-        for _ in range(runs):
-            tracker = NoiseTracker()
-            cells = mean + spread * rng.standard_normal((30, 4, dimension)) / 4.0
-            sq_norms, means = 16.0 * (cells**2).sum(axis=(1, 2)), (cells.mean(axis=1) ** 2).sum(axis=1)
-            for weighted, squared in zip(sq_norms, means, strict=True):
-                window = Measurement(float(weighted), float(squared), batch, 4)
-                tracker = tracker.update(noise.estimate(window), batch, memory=1e12)
-            low, high = noise.noise_scale_interval(tracker.estimate())
-            covered += low <= truth <= high
+    def test_of_the_truth(self, theta_sq, scales):
+        runs = 1000
+        trackers = pooled(*draw_pairs(np.random.default_rng(3), runs, WINDOWS, theta_sq, scales))
         error = math.sqrt(0.95 * 0.05 / runs)
-        # Reading a negative autocorrelation as zero makes the interval a little wide, never narrow.
-        assert 0.95 - 3 * error < covered / runs < 0.98
+        assert 0.94 - 3 * error < share_covering(trackers, theta_sq * BATCH) < 0.96 + 3 * error
+
+    def test_of_the_truth_under_decay(self):
+        runs = 1000
+        pairs = draw_pairs(np.random.default_rng(4), runs, 80, 1.0, SCALES["gaussian"])
+        error = math.sqrt(0.95 * 0.05 / runs)
+        assert 0.94 - 3 * error < share_covering(pooled(*pairs, memory=10.0 * BATCH), BATCH) < 0.96 + 3 * error
+
+    def test_of_the_truth_by_autocorrelated_windows(self):
+        """Windows whose errors are AR(1) with ``r = 0.5``: thrice the variance, and only 30 windows to find it."""
+        runs, r = 2000, 0.5
+        traces, signals = draw_pairs(np.random.default_rng(5), runs, WINDOWS, 1.0, SCALES["gaussian"])
+        for series, mean in ((traces, float(BATCH)), (signals, 1.0)):
+            for t in range(1, WINDOWS):
+                series[:, t] = mean + r * (series[:, t - 1] - mean) + math.sqrt(1 - r * r) * (series[:, t] - mean)
+        error = math.sqrt(0.9 * 0.1 / runs)
+        assert share_covering(pooled(traces, signals), BATCH) > 0.9 - 3 * error
+
+    def test_is_unbounded_without_a_signal(self):
+        runs = 1000
+        trackers = pooled(*draw_pairs(np.random.default_rng(6), runs, WINDOWS, 1.0, SCALES["gaussian"], length=0.0))
+        unbounded = [math.isinf(noise.noise_scale_interval(tracker.estimate())[1]) for tracker in trackers]
+        assert np.mean(unbounded) > 0.95 - 3 * math.sqrt(0.95 * 0.05 / runs)
+
+    def test_independent_windows_are_found_autocorrelated_at_the_level_of_the_test(self):
+        runs = 2000
+        trackers = pooled(*draw_pairs(np.random.default_rng(7), runs, 60, 1.0, SCALES["gaussian"]))
+        found = np.mean([tracker.autocorrelation() > 0.0 for tracker in trackers])
+        # A correlation of 60 windows is nearly normal with the error 1 / sqrt(60): 2 % are left for "nearly".
+        assert found == pytest.approx(0.1, abs=0.02 + 3 * math.sqrt(0.1 * 0.9 / runs))
 
 
 windows = st.lists(
@@ -233,6 +287,22 @@ class TestTracker:
         for name, value in expected.items():
             inflated = value * (1 + r) / (1 - r) if name.startswith(("var", "cov")) else value
             assert getattr(found, name) == pytest.approx(inflated, rel=1e-6, abs=1e-6)
+
+    @given(st.integers(0, 10**6), st.integers(3, 40), st.floats(100, 1e5))
+    def test_autocorrelation_equals_its_twin(self, seed, count, memory):
+        rng = np.random.default_rng(seed)
+        # Random walks of both, so that every second series has an autocorrelation to be found.
+        errors = rng.standard_normal((count, 2))
+        traces, signals = (np.cumsum(errors, axis=0) if seed % 2 else errors).T
+        pairs = [
+            NoiseEstimate(2.0 + g, 100.0 + 5.0 * s, degrees_of_freedom=df)
+            for s, g, df in zip(traces, signals, rng.integers(1, 9, count).astype(float), strict=True)
+        ]
+        batches, tracker = rng.uniform(8, 512, count).tolist(), NoiseTracker()
+        for pair, batch in zip(pairs, batches, strict=True):
+            tracker = tracker.update(pair, batch, memory)
+        expected = reference.autocorrelation(pairs, batches, [memory] * count)
+        assert tracker.autocorrelation() == pytest.approx(expected, rel=1e-6)
 
     def test_a_window_without_a_degree_of_freedom_only_ages(self):
         known = NoiseTracker().update(NoiseEstimate(1.0, 10.0, degrees_of_freedom=3), 64, 1000)
