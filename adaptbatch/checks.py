@@ -29,6 +29,14 @@ def checked_weight(weight: float) -> float:
     return float(weight)
 
 
+def require_examples(weight: float, examples: int) -> None:
+    if weight != examples:
+        raise ValueError(
+            f"weight must be the number of examples with ghost=True, got weight = {weight!r} for {examples} examples; "
+            f"weigh tokens without ghost norms."
+        )
+
+
 def require_scalar_loss(loss: Tensor) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         kind = (

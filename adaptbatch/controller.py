@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,8 +15,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptbatch import noise
-from adaptbatch.checks import checked_weight, require_keys, require_scalar_loss, require_single_process
+from adaptbatch.checks import (
+    checked_weight,
+    require_examples,
+    require_keys,
+    require_scalar_loss,
+    require_single_process,
+)
+from adaptbatch.ghost import GhostProbe
 from adaptbatch.history import History
+from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
+from adaptbatch.optimizer_state import applied_beta2, require_coupling, scaled_step
 from adaptbatch.probe import (
     GradientProbe,
     all_gradients_finite,
@@ -27,7 +36,7 @@ from adaptbatch.records import Decision, NoiseEstimate, Progress
 from adaptbatch.rules import Limits, RelativeStandardError, Rule, decide
 from adaptbatch.window import FinishedWindow, HostCopy, OpenWindow
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 Item = TypeVar("Item")
 
@@ -46,12 +55,17 @@ class BatchController:
         limits: Bounds on ``k``; None is ``Limits()``.
         population: Examples in the data set, when batches are drawn from it without replacement and its own gradient
             is the target (finite-population correction); in the unit of the weights. None: unlimited.
+        ghost: Measure every example on its own, so that one micro-batch holds evidence and ``k`` may be 1; for models
+            of the layers that :class:`~adaptbatch.ghost.GhostProbe` knows. ``weight`` is then the number of examples.
+        learning_rate: Couples the learning rate, ``beta2`` or the second moment to the batch for the time of each
+            step, unseen by schedulers; None couples nothing.
         skip_nonfinite: Leave out a step whose gradients are not finite (one host read before each step). With False
             the step is taken as in a plain loop, and on a GPU the numbers reach the host, hence the decision, one
             window late.
 
     Raises:
-        ValueError: If nothing is trainable, ``population`` is below 1, or ``limits`` do not fit the rule.
+        ValueError: If nothing is trainable, ``population`` is below 1, ``limits`` do not fit the rule, a layer has no
+            ghost norms, or the optimizer has not what ``learning_rate`` couples.
 
     Example:
         >>> import torch
@@ -75,6 +89,8 @@ class BatchController:
         rule: Rule | None = None,
         limits: Limits | None = None,
         population: float | None = None,
+        ghost: bool = False,
+        learning_rate: LearningRate | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
         require_single_process(model)
@@ -85,10 +101,14 @@ class BatchController:
         self.model = model
         self.optimizer = optimizer
         self.rule: Rule = RelativeStandardError() if rule is None else rule
-        self.limits = (Limits() if limits is None else limits).resolve(self.rule, world_size=1)
+        self.limits = (Limits() if limits is None else limits).resolve(self.rule, world_size=1, by_example=ghost)
+        if learning_rate is not None:
+            require_coupling(optimizer, learning_rate)
+        self._coupling = learning_rate
+        self._adjustment = UNTOUCHED
         self.history = History(self._settle)
         self._skip_nonfinite = skip_nonfinite
-        self._probe = GradientProbe()
+        self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe()
         self._started = time.perf_counter()
         self._closed = False
         self._tracker = noise.NoiseTracker()
@@ -99,7 +119,7 @@ class BatchController:
         self._window = OpenWindow()
         self._last_micro_batch = False
         self._scope_used: bool | None = None
-        self._progress = Progress(population=math.inf if population is None else float(population))
+        self._progress = Progress(population=math.inf if population is None else float(population), by_example=ghost)
         self._probe.attach(model, optimizer)
         # On a GPU without the check before the step, nothing may wait for this window's numbers.
         self._read_late = not skip_nonfinite and self._probe.parameters[0].device.type == "cuda"
@@ -178,7 +198,7 @@ class BatchController:
         window.broken = True
         with self._probe.listening():
             (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
-        sq_norm = self._probe.take_sq_norm()
+        sq_norm = self._take_sq_norm(weight)
         window.broken = False
         window.add(sq_norm, loss.detach(), weight)
         self._backward_passes += 1
@@ -234,14 +254,36 @@ class BatchController:
         if self._skip_nonfinite and not window.measurement.finite:
             # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
             skipped = not all_gradients_finite(self._probe.parameters)
-        if not skipped:
-            self.optimizer.step()
+        applied = UNTOUCHED if skipped else self._take_step()
+        window.lr_factor = applied.lr_factor
         self.optimizer.zero_grad()
-        return self._finish(window, skipped)
+        return self._finish(window, applied, skipped)
+
+    def _take_sq_norm(self, weight: float) -> Tensor:
+        """Of the micro-batch just heard: a scalar, or one for each example."""
+        if isinstance(self._probe, GradientProbe):
+            return self._probe.take_sq_norm()
+        by_example = self._probe.take_example_sq_norms()
+        require_examples(weight, len(by_example))
+        return by_example
+
+    def _take_step(self) -> Adjustment:
+        """The optimizer's step, under the coupling's adjustment for the batch as it was decided."""
+        if self._coupling is None:
+            self.optimizer.step()
+            return UNTOUCHED
+        known = not math.isnan(self._progress.cell_examples)
+        cell = self._progress.cell_examples if known else self._window.weight / self._window.cells
+        batch, evidence = self._accumulation_steps * cell, self._tracker.estimate()
+        adjustment = self._coupling.adjust(batch, evidence, self._adjustment, self._progress.population)
+        with scaled_step(self.optimizer, adjustment, self._adjustment):
+            self.optimizer.step()
+        self._adjustment = adjustment
+        return adjustment
 
     # --- the end of a window ------------------------------------------------------------------------------------
 
-    def _finish(self, window: FinishedWindow, skipped: bool) -> Decision:
+    def _finish(self, window: FinishedWindow, applied: Adjustment, skipped: bool) -> Decision:
         """Count, pool, decide, record: floats only from here on."""
         self._window = OpenWindow()
         heard = [waiting for waiting in (self._late, window) if waiting is not None]
@@ -272,12 +314,19 @@ class BatchController:
             self._changed_at = seen
         self._progress = progress
         self._accumulation_steps = decision.accumulation_steps
-        self._record(window, evidence, decision, skipped)
+        self._record(window, evidence, decision, applied, skipped)
         for one in heard:
             self._amend(one)
         return decision
 
-    def _record(self, window: FinishedWindow, evidence: NoiseEstimate, decision: Decision, skipped: bool) -> None:
+    def _record(
+        self,
+        window: FinishedWindow,
+        evidence: NoiseEstimate,
+        decision: Decision,
+        applied: Adjustment,
+        skipped: bool,
+    ) -> None:
         low, high = noise.noise_scale_interval(evidence)
         self.history.append(
             {
@@ -297,6 +346,9 @@ class BatchController:
                 "noise_scale_high": high,
                 "relative_error": noise.relative_error(evidence, window.global_batch, self._progress.population),
                 "lr": math.nan,
+                "lr_factor": applied.lr_factor,
+                "beta2": applied_beta2(self.optimizer, applied),
+                "second_moment_factor": applied.second_moment_factor,
                 "skipped": skipped,
             }
         )
@@ -371,7 +423,7 @@ class BatchController:
         self._require_between_windows("state_dict()")
         late = None
         if self._late is not None:
-            late = [self._late.global_batch, float(self._late.cells), *self._late.values.read()]
+            late = [self._late.global_batch, float(self._late.pieces), *self._late.values.read()]
         return {
             "version": STATE_VERSION,
             "accumulation_steps": self._accumulation_steps,
@@ -383,6 +435,7 @@ class BatchController:
             "cell_examples": self._progress.cell_examples,
             "changed_at": self._changed_at,
             "tracker": self._tracker.state_dict(),
+            "adjustment": asdict(self._adjustment),
             "late_window": late,
         }
 
@@ -402,7 +455,10 @@ class BatchController:
         tracker = state.get("tracker", {})
         require_keys("state", state, self.state_dict().keys())
         require_keys("state['tracker']", tracker, {field.name for field in fields(noise.NoiseTracker)})
+        adjustment = state["adjustment"]
+        require_keys("state['adjustment']", adjustment, asdict(UNTOUCHED).keys())
         self._tracker = noise.NoiseTracker.from_state_dict(tracker)
+        self._adjustment = Adjustment(**adjustment)
         self._accumulation_steps = int(state["accumulation_steps"])
         self._optimizer_step = int(state["optimizer_step"])
         self._backward_passes = int(state["backward_passes"])
@@ -415,7 +471,7 @@ class BatchController:
             cell_examples=float(state["cell_examples"]),
         )
         late = state["late_window"]
-        self._late = None if late is None else FinishedWindow(late[0], int(late[1]), HostCopy.of(late[2:]))
+        self._late = None if late is None else FinishedWindow(late[0], 0, int(late[1]), HostCopy.of(late[2:]))
 
     # --- refusals -----------------------------------------------------------------------------------------------
 

@@ -27,6 +27,9 @@ COLUMNS: dict[str, str] = {
     "noise_scale_high": "float64",
     "relative_error": "float64",
     "lr": "float64",
+    "lr_factor": "float64",
+    "beta2": "float64",
+    "second_moment_factor": "float64",
     "skipped": "bool",
 }
 
@@ -34,23 +37,26 @@ COLUMNS: dict[str, str] = {
 class History:
     """Rows of decisions, one per window (skipped ones included), in the order of :data:`COLUMNS`.
 
-    ==================  ==========================================================================================
-    optimizer_step      steps taken so far, this one included; a skipped window repeats the number
-    examples_seen       sum of all weights so far [examples]
-    backward_passes     backward passes so far
-    wall_seconds        seconds since the controller was made
-    accumulation_steps  backward passes of this window
-    global_batch        sum of this window's weights ``n`` [examples]
-    target_batch        the batch the rule wants next, unrounded and unlimited [examples]
-    reason              why the next window has its size
-    loss                weighted mean loss of the window
-    grad_sq_norm        this window's unbiased ``|G|^2``; may be negative
-    noise_trace         this window's unbiased ``tr(Sigma)`` [g^2 example]
-    noise_scale         pooled ``B = tr(Sigma) / |G|^2`` [examples], with its 95 % interval ``_low``, ``_high``
-    relative_error      pooled ``sqrt(phi(n) tr(Sigma)) / |G|`` of this window's gradient [1]
-    lr                  learning rate of the first parameter group
-    skipped             whether the step was left out because its gradients were not finite
-    ==================  ==========================================================================================
+    ====================  ==========================================================================================
+    optimizer_step        steps taken so far, this one included; a skipped window repeats the number
+    examples_seen         sum of all weights so far [examples]
+    backward_passes       backward passes so far
+    wall_seconds          seconds since the controller was made
+    accumulation_steps    backward passes of this window
+    global_batch          sum of this window's weights ``n`` [examples]
+    target_batch          the batch the rule wants next, unrounded and unlimited [examples]
+    reason                why the next window has its size
+    loss                  weighted mean loss of the window
+    grad_sq_norm          this window's unbiased ``|G|^2``; may be negative
+    noise_trace           this window's unbiased ``tr(Sigma)`` [g^2 example]
+    noise_scale           pooled ``B = tr(Sigma) / |G|^2`` [examples], with its 95 % interval ``_low``, ``_high``
+    relative_error        pooled ``sqrt(phi(n) tr(Sigma)) / |G|`` of this window's gradient [1]
+    lr                    learning rate of the first parameter group, as applied
+    lr_factor             what a coupling multiplied it by; 1 without one
+    beta2                 decay of the first group's second moment, as applied; NaN where it has none
+    second_moment_factor  what a coupling multiplied the second moment by before the step; 1 without one
+    skipped               whether the step was left out because its gradients were not finite
+    ====================  ==========================================================================================
 
     NaN where a window holds no evidence (one micro-batch); ``noise_scale_high`` is infinite for an unbounded interval.
 

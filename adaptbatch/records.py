@@ -26,7 +26,9 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What the probe heard in one window: ``K`` cells (micro-batches) with weights ``w_c`` and mean gradients ``g_c``.
+    """What was heard in one window: ``K`` cells with weights ``w_c`` and mean gradients ``g_c``.
+
+    A cell is a micro-batch, or with ghost norms an example of weight 1.
 
     Attributes:
         weighted_sq_norms: ``Q = sum_c w_c |g_c|^2`` [g^2 example].
@@ -82,6 +84,7 @@ class Progress:
         examples_since_change: Examples since ``k`` last changed; infinite if it never did.
         population: Examples in the data set, or infinity.
         finite: Whether the last window's gradients were finite.
+        by_example: Whether single examples are measured (ghost norms): one micro-batch then holds evidence.
     """
 
     window: int = 0
@@ -92,6 +95,7 @@ class Progress:
     examples_since_change: float = math.inf
     population: float = math.inf
     finite: bool = True
+    by_example: bool = False
 
     @property
     def step_examples(self) -> float:

@@ -31,8 +31,8 @@ class Limits:
     """Bounds on the accumulation steps and on how fast they move.
 
     Args:
-        min_steps: Smallest ``k``; None is the smallest that can be measured: 2 for a closed-loop rule on one rank,
-            else 1.
+        min_steps: Smallest ``k``; None is the smallest that can be measured: 2 for a closed-loop rule on one rank
+            without ghost norms, else 1.
         max_steps: Largest ``k``.
         max_growth: Largest factor of one growth; at least one step is always allowed.
         max_shrink: Smallest factor of one shrink.
@@ -67,20 +67,20 @@ class Limits:
         if not 0.0 < self.max_shrink < 1.0:
             raise ValueError(f"max_shrink must be in (0, 1), got max_shrink = {self.max_shrink!r}; 0.8 is usual.")
 
-    def resolve(self, rule: Rule, world_size: int) -> Limits:
+    def resolve(self, rule: Rule, world_size: int, by_example: bool = False) -> Limits:
         """These limits with ``min_steps`` filled in for ``rule``.
 
         Raises:
             ValueError: If a closed-loop rule is given ``min_steps=1`` where one step holds no evidence of noise, or
                 ``max_steps`` leaves it no room.
         """
-        smallest = 2 if rule.closed_loop and world_size == 1 else 1
+        smallest = 2 if rule.closed_loop and world_size == 1 and not by_example else 1
         if self.max_steps < smallest or (self.min_steps is not None and self.min_steps < smallest):
             name = "max_steps" if self.max_steps < smallest else "min_steps"
             raise ValueError(
                 f"{name} must be at least {smallest} for {type(rule).__name__} on one rank, got {name} = 1: a single "
-                f"micro-batch says nothing about its noise. Use Limits(min_steps=None) with max_steps >= 2, or split "
-                f"the micro-batch in two."
+                f"micro-batch says nothing about its noise. Use Limits(min_steps=None) with max_steps >= 2, split the "
+                f"micro-batch in two, or measure its examples with ghost=True."
             )
         return self if self.min_steps is not None else replace(self, min_steps=smallest)
 
@@ -131,7 +131,7 @@ def decide(rule: Rule, evidence: NoiseEstimate, progress: Progress, limits: Limi
         >>> decide(RelativeStandardError(), noisy, Progress(accumulation_steps=4, cell_examples=64), Limits())
         Decision(accumulation_steps=8, target_batch=4096.0, reason='growth_limited')
     """
-    limits = limits.resolve(rule, progress.world_size)
+    limits = limits.resolve(rule, progress.world_size, progress.by_example)
     # Limits may have changed under way: the rule decides from a size that they allow.
     progress = replace(progress, accumulation_steps=limits.clamp(progress.accumulation_steps))
     if not progress.finite and rule.closed_loop:

@@ -17,11 +17,13 @@ class OpenWindow:
 
     Each loss is back-propagated times ``weight / reference``: the weight of all micro-batches that are expected makes
     the accumulated gradient the mean already when they arrive, and keeps it near a mean's size when others do.
+    ``pieces`` counts what was measured on its own: the micro-batches, or their examples.
     """
 
     reference: float = 1.0
     weight: float = 0.0
     cells: int = 0
+    pieces: int = 0
     due: bool = False
     broken: bool = False
     weighted_sq_norms: Tensor | None = None
@@ -29,13 +31,18 @@ class OpenWindow:
     batch_sq_norm: Tensor | None = None
 
     def add(self, sq_norm: Tensor, loss: Tensor, weight: float) -> None:
-        """Add one cell; ``sq_norm`` is of the gradient as back-propagated, ``weight / reference`` times the mean's."""
-        weighted = sq_norm * (self.reference**2 / weight)
+        """Add one micro-batch; ``sq_norm`` is of the gradient as back-propagated, ``weight / reference`` of the mean's.
+
+        By example it is ``(m,)``, of each example's share in that gradient, ``1 / reference`` times its own.
+        """
+        by_example = sq_norm.dim() == 1
+        weighted = sq_norm.sum() * self.reference**2 if by_example else sq_norm * (self.reference**2 / weight)
         loss = loss.to(sq_norm) * weight
         self.weighted_sq_norms = weighted if self.weighted_sq_norms is None else self.weighted_sq_norms + weighted
         self.loss_sum = loss if self.loss_sum is None else self.loss_sum + loss
         self.weight += weight
         self.cells += 1
+        self.pieces += len(sq_norm) if by_example else 1
 
     def finished(self, lr: float | Tensor) -> FinishedWindow:
         """The finished window's scalars, on their way to the host in one copy, a learning rate on the device too."""
@@ -44,8 +51,9 @@ class OpenWindow:
         assert self.loss_sum is not None
         scalars = [self.weighted_sq_norms, self.batch_sq_norm, self.loss_sum]
         if isinstance(lr, Tensor):
-            return FinishedWindow(self.weight, self.cells, HostCopy(torch.stack([*scalars, lr.to(scalars[0])])))
-        return FinishedWindow(self.weight, self.cells, HostCopy(torch.stack(scalars)), lr=float(lr))
+            values = HostCopy(torch.stack([*scalars, lr.to(scalars[0])]))
+            return FinishedWindow(self.weight, self.cells, self.pieces, values)
+        return FinishedWindow(self.weight, self.cells, self.pieces, HostCopy(torch.stack(scalars)), lr=float(lr))
 
 
 @dataclass
@@ -54,18 +62,21 @@ class FinishedWindow:
 
     global_batch: float
     cells: int
+    pieces: int
     values: HostCopy
     lr: float | None = None
+    lr_factor: float = 1.0
     row: int | None = None
 
     @property
     def measurement(self) -> Measurement:
         weighted_sq_norms, batch_sq_norm = self.values.read()[:2]
-        return Measurement(weighted_sq_norms, batch_sq_norm, self.global_batch, self.cells)
+        return Measurement(weighted_sq_norms, batch_sq_norm, self.global_batch, self.pieces)
 
     @property
     def learning_rate(self) -> float:
-        return self.values.read()[3] if self.lr is None else self.lr
+        """As it was applied."""
+        return self.lr_factor * (self.values.read()[3] if self.lr is None else self.lr)
 
     @property
     def loss(self) -> float:

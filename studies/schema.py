@@ -31,6 +31,9 @@ HISTORY_COLUMNS: dict[str, str] = {
     "noise_scale_high": "float64",
     "relative_error": "float64",
     "lr": "float64",
+    "lr_factor": "float64",
+    "beta2": "float64",
+    "second_moment_factor": "float64",
     "skipped": "bool",
 }
 LOOP_COLUMNS: dict[str, str] = {
@@ -40,7 +43,7 @@ LOOP_COLUMNS: dict[str, str] = {
     "validation_loss": "float64",  # mean loss on the fixed probe set after the step; NaN where it was not evaluated
 }
 COLUMNS = RUN_COLUMNS | HISTORY_COLUMNS | LOOP_COLUMNS
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def conform(table: pd.DataFrame) -> pd.DataFrame:
