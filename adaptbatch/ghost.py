@@ -187,8 +187,8 @@ class _Layer:
         if not output.requires_grad or not any(p.requires_grad for p in module._parameters.values() if p is not None):
             return
         x: Tensor = args[0] if args else kwargs["input"]
-        # Values only: x.detach() would keep x itself, and hence its graph, as the base of a view.
-        call = _Call(self, x.data)
+        # Without its graph: that of an x which is changed in place afterwards would lead back to this output.
+        call = _Call(self, x.detach())
         # A forward pass within a backward pass is a checkpoint's, of a call that is known already.
         if not self.record.open and (last := self._last()) is not None and last.pending:
             self.repeated = True
@@ -337,8 +337,8 @@ class _Record:
     def require_heard(self) -> None:
         if not self.examples:
             raise RuntimeError(
-                "no layer was heard in this backward pass: the loss does not reach a parameter of the optimizer, or "
-                "the forward pass was before the layers were hooked."
+                "no layer was heard in this backward pass: the loss does not reach a parameter of the optimizer, the "
+                "model is compiled (torch.compile), or the forward pass was before the layers were hooked."
             )
 
     def example_sq_norms(self) -> Tensor:
@@ -430,7 +430,7 @@ class _Check:
 
     def _deliver(self, index: int, grad: Tensor | None) -> None:
         if self._record.open and grad is not None:
-            _accumulate(self._delivered, index, grad.to_dense() if grad.is_sparse else grad)
+            _accumulate(self._delivered, index, grad.to_dense())
 
     def heard(self, delta: Tensor) -> None:
         """Take note of the precision of one call."""

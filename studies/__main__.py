@@ -108,6 +108,26 @@ def closed_loop(
 
 
 @app.command
+def calibration(
+    out: Path = RUNS / "calibration",
+    runs: Annotated[int, tyro.conf.arg(help="intervals of each case")] = 4000,
+    repeats: Annotated[int, tyro.conf.arg(help="runs of every estimator on each problem")] = 40,
+    workers: Annotated[int, tyro.conf.arg(help="processes, one thread each")] = 2,
+) -> None:
+    """Do the 95 % intervals cover the truth, and is any peer's estimator closer to it?"""
+    from studies import calibration as study
+    from studies.figures import calibration_figure
+
+    tables = study.run(repeats=repeats, runs=runs, workers=workers)
+    for name, table in tables.items():
+        print(f"\n{name}\n\n{table.to_string(index=False, float_format=lambda x: f'{x:.3f}')}\n")
+        table.attrs = {"provenance": provenance()}
+        write_atomically(table, out / f"{name}.parquet")
+    calibration_figure(tables["coverage"], tables["error"], out / "figure.png")
+    print(f"tables  {out}\nfigure  {out / 'figure.png'}")
+
+
+@app.command
 def readme() -> None:
     """Write the numbers of README.md from the committed results."""
     from studies import readme as page

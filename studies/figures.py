@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -185,3 +186,100 @@ def closed_loop_figure(windows: pd.DataFrame, path: Path, cell: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         plt.close(figure)
+
+
+def calibration_figure(coverage: pd.DataFrame, error: pd.DataFrame, path: Path) -> None:
+    """How often the intervals hold the truth, and how far every estimator is from it.
+
+    Args:
+        coverage: ``"coverage"`` of :func:`studies.calibration.run`.
+        error: ``"error"`` of the same.
+        path: PNG to write.
+    """
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=[1, 1.05], layout="constrained")
+        _coverages(left, coverage[np.isfinite(coverage["B / n"])])
+        _errors(right, error)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _coverages(axes: Axes, coverage: pd.DataFrame) -> None:
+    """A row for each kind of evidence; colour is ``B / n``, shape is the examples' distribution."""
+    kinds = coverage.groupby(["windows", "cells", "half-life", "r"], sort=False)
+    levels, examples = list(coverage["B / n"].unique()), list(coverage["examples"].unique())
+    axes.axvspan(0.94, 0.96, color="#EEEEEE", lw=0)
+    axes.axvline(0.95, color="#777777", lw=1)
+    for row, (_, shown) in enumerate(kinds):
+        for _, point in shown.iterrows():
+            level, name = levels.index(point["B / n"]), examples.index(point["examples"])
+            axes.errorbar(
+                point["coverage"],
+                row + 0.08 * (3 * level + name - 4),
+                xerr=point["coverage SE"],
+                color=ARM_COLOURS[level],
+                marker="osD"[name],
+                ms=3.5,
+                lw=1,
+            )
+    _rows(axes, [_kind(*kind) for kind, _ in kinds])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+    axes.set_xlabel("intervals that contain the true B (bars: one standard error)")
+    axes.set_title("Coverage of the 95 % interval")
+    marks = [(colour, "o", f"B / n = {level:g}") for colour, level in zip(ARM_COLOURS, levels, strict=False)]
+    marks += [("#555555", marker, name) for marker, name in zip("osD", examples, strict=False)]
+    _legend(axes, marks)
+
+
+def _kind(windows: int, cells: int, half_life: float, r: float) -> str:
+    evidence = f"{windows} windows" if np.isinf(half_life) else f"half-life {half_life:g} windows"
+    return f"{evidence}, K = {cells}" + (f"\nAR(1), r = {r:g}" if r else "")
+
+
+def _errors(axes: Axes, error: pd.DataFrame) -> None:
+    """A row for each estimator, a colour for each setting, from few windows (hollow) to many (filled)."""
+    names, settings = list(error["estimator"].unique()), list(error["setting"].unique())
+    finite = error["rms"].replace(np.inf, np.nan)
+    edge = 2.5 * finite.max()
+    for place, setting in enumerate(settings):
+        colour, offset = ARM_COLOURS[place], 0.15 * (place - (len(settings) - 1) / 2)
+        for name, readings in error[error["setting"] == setting].groupby("estimator", sort=False):
+            row = names.index(name) + offset
+            axes.plot(readings["rms"].clip(upper=edge), [row] * len(readings), color=colour, lw=0.8, alpha=0.5)
+            for _, reading in readings.iterrows():
+                known, last = np.isfinite(reading["rms"]), reading["windows"] == error["windows"].max()
+                axes.errorbar(
+                    min(reading["rms"], edge),
+                    row,
+                    xerr=reading["rms SE"] if known else None,
+                    color=colour,
+                    mfc=colour if last else "white",
+                    marker="o" if known else ">",
+                    ms=4,
+                    lw=1,
+                )
+    _rows(axes, [name.replace(", ", ",\n") for name in names])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("rms of log(estimate / B), left is closer (bars: one standard error)")
+    axes.set_title("Error of the estimates of B, all windows weighing the same")
+    marks = [(colour, "o", setting) for colour, setting in zip(ARM_COLOURS, settings, strict=False)]
+    few, many = error["windows"].min(), error["windows"].max()
+    hollow = f"hollow: after {few} windows, filled: {many}" + ("; arrow: infinite" if finite.isna().any() else "")
+    _legend(axes, [*marks, ("none", "o", hollow)])
+
+
+def _rows(axes: Axes, names: list[str]) -> None:
+    """Rows from top to bottom, a line between them."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    for edge in range(1, len(names)):
+        axes.axhline(edge - 0.5, color="#DDDDDD", lw=0.8)
+
+
+def _legend(axes: Axes, marks: list[tuple[str, str, str]]) -> None:
+    """Colour, marker and name of each, below the axis."""
+    handles = [Line2D([], [], color=colour, marker=marker, ls="", ms=4.5, label=name) for colour, marker, name in marks]
+    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, handletextpad=0.2)

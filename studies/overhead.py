@@ -57,10 +57,10 @@ def empty_hooks(model: Autoencoder) -> Window:
     return hand_written(model)
 
 
-def adaptbatch(model: Autoencoder) -> Window:
+def adaptbatch(model: Autoencoder, ghost: bool = False) -> Window:
     """The controller with the CLT rule, held at this window size: everything is measured, tested and recorded."""
     limits = ab.Limits(min_steps=STEPS, max_steps=STEPS)
-    controller = ab.BatchController(model, _adam(model), rule=ab.RelativeStandardError(), limits=limits)
+    controller = ab.BatchController(model, _adam(model), rule=ab.RelativeStandardError(), limits=limits, ghost=ghost)
 
     def window(batches: Sequence[Tensor]) -> None:
         for x in controller.micro_batches(batches):
@@ -69,6 +69,11 @@ def adaptbatch(model: Autoencoder) -> Window:
                 controller.step()
 
     return window
+
+
+def adaptbatch_ghost(model: Autoencoder) -> Window:
+    """The same, every example measured on its own."""
+    return adaptbatch(model, ghost=True)
 
 
 def fairscale_adascale(model: Autoencoder) -> Window:
@@ -112,6 +117,7 @@ CONTENDERS: dict[str, tuple[Callable[[Autoencoder], Window], str | None]] = {
     "hand-written loop": (hand_written, None),
     "empty hooks": (empty_hooks, None),
     "adaptbatch": (adaptbatch, None),
+    "adaptbatch, ghost norms": (adaptbatch_ghost, None),
     "fairscale AdaScale": (fairscale_adascale, "fairscale"),
     "torch-gqc GNTS": (gqc_norm_threshold, "gradient_quality_control"),
     "torch-gqc GNS": (gqc_noise_scale, "gradient_quality_control"),

@@ -660,6 +660,9 @@ def test_a_penalty_and_a_weight_never_called_are_refused():
         heard(attached(model), total_loss(model[0](x)) + 0.1 * model[0].bias.square().sum())
     with pytest.raises(RuntimeError, match=r"'1.weight' is not the sum"):
         heard(attached(model), total_loss(F.linear(model[0](x), model[1].weight)))
+    model.append(nn.Embedding(5, 3, sparse=True))
+    with pytest.raises(RuntimeError, match=r"'2.weight' is not the sum"):
+        heard(attached(model), total_loss(model[0](x) + F.embedding(torch.arange(4), model[2].weight, sparse=True)))
 
 
 @pytest.mark.parametrize("frozen", ["0.weight", None])
