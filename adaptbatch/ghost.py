@@ -39,12 +39,13 @@ class GhostProbe:
 
     Where a module is called again, or a weight shared, the sums run over all its uses, cross terms included.
 
-    The first axis of every layer's output is the examples. It is right only if no example enters another's loss, as by
-    a contrastive loss or a BatchNorm (which is refused), and if a layer on data that is not split by example, such as
-    the positions of an embedding, is not as long as the micro-batch by chance. The first micro-batch is checked: each
-    parameter's gradient is rebuilt from what was heard and must be the one that autograd delivers.
+    Every layer's output must have the examples first. Not noticed, hence the caller's part: a loss that couples the
+    examples, as a contrastive one does, and an input that all examples share (an embedding of positions) and that is
+    by chance as long as the micro-batch. BatchNorm is refused. The first micro-batch is checked: each parameter's
+    gradient is rebuilt from what was heard and must be the one that autograd delivers.
 
-    The input of each layer is held from its forward to its backward pass, inside activation checkpoints too.
+    The input of a layer is held from its forward to its backward pass, inside activation checkpoints too; compiled
+    models are not heard.
 
     Source:
         Goodfellow 2015, arXiv:1510.01799 (rows); Bu et al. 2022, arXiv:2205.10683 (the cheaper of the two forms).

@@ -263,7 +263,7 @@ def _errors(axes: Axes, error: pd.DataFrame) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("rms of log(estimate / B), left is closer (bars: one standard error)")
-    axes.set_title("Error of the estimates of B, all windows weighing the same")
+    axes.set_title("Error of the estimates of B")
     marks = [(colour, "o", setting) for colour, setting in zip(ARM_COLOURS, settings, strict=False)]
     few, many = error["windows"].min(), error["windows"].max()
     hollow = f"hollow: after {few} windows, filled: {many}" + ("; arrow: infinite" if finite.isna().any() else "")
