@@ -8,26 +8,59 @@ from adaptbatch.controller import BatchController
 from adaptbatch.history import History
 from adaptbatch.learning_rate import LearningRate
 from adaptbatch.noise import NoiseTracker
-from adaptbatch.records import Decision, Measurement, NoiseEstimate, Progress
-from adaptbatch.rules import Fixed, Limits, Ramp, RelativeStandardError, Replay, Rule, decide
+from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Response, Tail
+from adaptbatch.rules import (
+    CABS,
+    CosineSimilarity,
+    DiveBatch,
+    Fixed,
+    Goodput,
+    Guard,
+    InnerProductTest,
+    Limits,
+    NoiseScale,
+    NormTest,
+    Pareto,
+    Ramp,
+    RelativeStandardError,
+    Replay,
+    Rule,
+    Schedule,
+    Seesaw,
+    decide,
+)
 
-__version__ = "0.1.0.dev1"
+__version__ = "0.1.0.dev2"
 
 __all__ = [
+    "CABS",
     "BatchController",
+    "CosineSimilarity",
     "Decision",
+    "DiveBatch",
+    "Evidence",
     "Fixed",
+    "Goodput",
+    "Guard",
     "History",
+    "InnerProductTest",
     "LearningRate",
     "Limits",
     "Measurement",
     "NoiseEstimate",
+    "NoiseScale",
     "NoiseTracker",
+    "NormTest",
+    "Pareto",
     "Progress",
     "Ramp",
     "RelativeStandardError",
     "Replay",
+    "Response",
     "Rule",
+    "Schedule",
+    "Seesaw",
+    "Tail",
     "decide",
     "noise",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +41,3 @@ def require_scalar_loss(loss: Tensor) -> None:
             f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)
         )
         raise ValueError(f"loss must be a scalar tensor with a graph, the mean over the micro-batch, got {kind}.")
-
-
-def require_keys(name: str, given: dict[str, Any], expected: Iterable[str]) -> None:
-    unknown, missing = sorted(given.keys() - set(expected)), sorted(set(expected) - given.keys())
-    if unknown or missing:
-        raise ValueError(f"{name} must have exactly the known keys, got unknown {unknown} and missing {missing}.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,28 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adaptbatch import noise
-from adaptbatch.checks import (
-    checked_weight,
-    require_examples,
-    require_keys,
-    require_scalar_loss,
-    require_single_process,
-)
-from adaptbatch.ghost import GhostProbe
-from adaptbatch.history import History
+from adaptbatch.checks import checked_weight, require_scalar_loss, require_single_process
+from adaptbatch.explain import explain
+from adaptbatch.history import History, decision_row
 from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
+from adaptbatch.loop import Loop, require_keys
 from adaptbatch.optimizer_state import applied_beta2, require_coupling, scaled_step
-from adaptbatch.probe import (
-    GradientProbe,
-    all_gradients_finite,
-    batch_gradient_sq_norm,
-    divide_gradients_,
-)
-from adaptbatch.records import Decision, NoiseEstimate, Progress
-from adaptbatch.rules import Limits, RelativeStandardError, Rule, decide
+from adaptbatch.probe import all_gradients_finite
+from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress
+from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule
+from adaptbatch.sensor import Metric, Sensor
 from adaptbatch.window import FinishedWindow, HostCopy, OpenWindow
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 Item = TypeVar("Item")
 
@@ -53,19 +44,26 @@ class BatchController:
         optimizer: Its optimizer; the trainable parameters in its groups are measured.
         rule: Any :class:`~adaptbatch.rules.Rule`; None is ``RelativeStandardError()``.
         limits: Bounds on ``k``; None is ``Limits()``.
+        metric: ``"euclidean"``, or ``"adam"``: the decision is made in the coordinates in which the optimizer
+            descends, squared gradients weighted by ``1 / (sqrt(v) + eps)`` with the second moment of the step before
+            (:func:`~adaptbatch.optimizer_state.metric_scales`), once that is warm. Costs a second norm of gradients.
         population: Examples in the data set, when batches are drawn from it without replacement and its own gradient
             is the target (finite-population correction); in the unit of the weights. None: unlimited.
         ghost: Measure every example on its own, so that one micro-batch holds evidence and ``k`` may be 1; for models
             of the layers that :class:`~adaptbatch.ghost.GhostProbe` knows. ``weight`` is then the number of examples.
         learning_rate: Couples the learning rate, ``beta2`` or the second moment to the batch for the time of each
             step, unseen by schedulers; None couples nothing.
+        guard: Answers exceedances of the usual gradient, and gradients that are not finite, by skipping and growing,
+            whatever the rule; None leaves them to the rule. Reads the window's numbers before each step.
+        phase: Measure the inner product of consecutive gradients, whose sign tells a noise floor from a transient.
+            Costs a copy of the gradient.
         skip_nonfinite: Leave out a step whose gradients are not finite (one host read before each step). With False
             the step is taken as in a plain loop, and on a GPU the numbers reach the host, hence the decision, one
             window late.
 
     Raises:
         ValueError: If nothing is trainable, ``population`` is below 1, ``limits`` do not fit the rule, a layer has no
-            ghost norms, or the optimizer has not what ``learning_rate`` couples.
+            ghost norms, or the optimizer has not what ``metric`` or ``learning_rate`` needs.
 
     Example:
         >>> import torch
@@ -88,9 +86,12 @@ class BatchController:
         *,
         rule: Rule | None = None,
         limits: Limits | None = None,
+        metric: Metric = "euclidean",
         population: float | None = None,
         ghost: bool = False,
         learning_rate: LearningRate | None = None,
+        guard: Guard | None = None,
+        phase: bool = False,
         skip_nonfinite: bool = True,
     ) -> None:
         require_single_process(model)
@@ -104,31 +105,45 @@ class BatchController:
         self.limits = (Limits() if limits is None else limits).resolve(self.rule, world_size=1, by_example=ghost)
         if learning_rate is not None:
             require_coupling(optimizer, learning_rate)
+        self.guard = guard
         self._coupling = learning_rate
         self._adjustment = UNTOUCHED
         self.history = History(self._settle)
         self._skip_nonfinite = skip_nonfinite
-        self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe()
+        self._skips_in_a_row = 0
         self._started = time.perf_counter()
+        self._ended = self._started
         self._closed = False
-        self._tracker = noise.NoiseTracker()
         self._optimizer_step = 0
         self._backward_passes = 0
-        self._changed_at = -math.inf
         self._late: FinishedWindow | None = None
         self._window = OpenWindow()
         self._last_micro_batch = False
         self._scope_used: bool | None = None
-        self._progress = Progress(population=math.inf if population is None else float(population), by_example=ghost)
-        self._probe.attach(model, optimizer)
+        self._sensor = Sensor(
+            model,
+            optimizer,
+            metric=metric,
+            ghost=ghost,
+            phase=phase,
+            keep_gradients=bool(getattr(self.rule, "keeps_gradients", False)),
+        )
         # On a GPU without the check before the step, nothing may wait for this window's numbers.
-        self._read_late = not skip_nonfinite and self._probe.parameters[0].device.type == "cuda"
-        self._accumulation_steps = self._first_size()
+        reads_first = skip_nonfinite or guard is not None
+        self._read_late = not reads_first and self._sensor.parameters[0].device.type == "cuda"
+        start = Progress(
+            accumulation_steps=self.limits.lower,
+            population=math.inf if population is None else float(population),
+            by_example=ghost,
+        )
+        self._loop, self._decision = Loop(start).decided(self.rule, self.limits)
+        # The first size is no change of one.
+        self._loop = replace(self._loop, changed_at=-math.inf)
 
     @property
     def accumulation_steps(self) -> int:
         """``k`` of the window that is open or comes next."""
-        return self._accumulation_steps
+        return self._loop.progress.accumulation_steps
 
     @property
     def step_due(self) -> bool:
@@ -194,17 +209,11 @@ class BatchController:
         if self._window.cells == 0:
             self._open_window(weight)
         window = self._window
-        scale = weight / window.reference
-        window.broken = True
-        with self._probe.listening():
-            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
-        sq_norm = self._take_sq_norm(weight)
-        window.broken = False
-        window.add(sq_norm, loss.detach(), weight)
+        self._sensor.hear(window, loss, weight)
         self._backward_passes += 1
         if self._scope_used is not None:
             self._scope_used = True
-        window.due = self._last_micro_batch or window.cells >= self._accumulation_steps
+        window.due = self._last_micro_batch or window.cells >= self.accumulation_steps
 
     def close_window(self) -> None:
         """End the window with the micro-batches it has: ``step_due`` is true afterwards, unless it has none.
@@ -221,6 +230,7 @@ class BatchController:
         """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""
         self.optimizer.zero_grad()
         self._window = OpenWindow()
+        self._sensor.forget()
 
     def normalize_(self) -> Tensor:
         """Turn the accumulated gradients into the exact weighted mean, once; then is the time to clip.
@@ -233,11 +243,10 @@ class BatchController:
         """
         self._require_due("normalize_()")
         window = self._window
-        if window.batch_sq_norm is None:
-            parameters = self._probe.parameters
-            divide_gradients_(parameters, window.weight / window.reference)
-            window.batch_sq_norm = batch_gradient_sq_norm(parameters)
-        return window.batch_sq_norm.sqrt()
+        if window.norms.batch is None:
+            self._sensor.normalize_(window)
+        assert window.norms.batch is not None
+        return window.norms.batch.sqrt()
 
     def step(self) -> Decision:
         """Normalise if that is not done, take the optimizer step, clear the gradients, record, choose the next ``k``.
@@ -250,32 +259,59 @@ class BatchController:
         """
         self._require_due("step()")
         self.normalize_()
-        window, skipped = self._window.finished(self.optimizer.param_groups[0]["lr"]), False
-        if self._skip_nonfinite and not window.measurement.finite:
-            # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
-            skipped = not all_gradients_finite(self._probe.parameters)
+        began = time.perf_counter()
+        window = self._window.finished(self.optimizer.param_groups[0]["lr"])
+        skipped = self._skips(window)
         applied = UNTOUCHED if skipped else self._take_step()
         window.lr_factor = applied.lr_factor
+        window.steps = window.cells if window.cells == self.accumulation_steps else 0
         self.optimizer.zero_grad()
-        return self._finish(window, applied, skipped)
+        seconds = (time.perf_counter() - began, began - self._ended)
+        self._ended = began + seconds[0]
+        return self._finish(window, applied, skipped, seconds)
 
-    def _take_sq_norm(self, weight: float) -> Tensor:
-        """Of the micro-batch just heard: a scalar, or one for each example."""
-        if isinstance(self._probe, GradientProbe):
-            return self._probe.take_sq_norm()
-        by_example = self._probe.take_example_sq_norms()
-        require_examples(weight, len(by_example))
-        return by_example
+    def explain(self) -> str:
+        """Why ``k`` is what it is, in three sentences: what was measured, what was decided, what speaks against it."""
+        self._settle()
+        rows = self.history.to_pandas()
+        return explain(self.rule, self._loop.evidence(), self._loop.progress, self._decision, self.limits, rows)
+
+    def layer_noise(self) -> dict[str, NoiseEstimate]:
+        """The unbiased pair of each parameter, by name, in a due window of one micro-batch; their sum is the whole's.
+
+        For diagnosis with ``ghost=True``, between the last :meth:`backward` and :meth:`step`: which layer carries the
+        noise, which one the signal. Reads the host for every parameter.
+
+        Raises:
+            RuntimeError: If no step is due, examples are not measured, or the window has several micro-batches.
+        """
+        self.normalize_()
+        population = self._loop.progress.population
+        parts = self._sensor.layer_measurements(self._window)
+        return {name: noise.estimate(part, population) for name, part in parts.items()}
+
+    def _skips(self, window: FinishedWindow) -> bool:
+        """Whether the step is left out: its gradients are not finite, or the guard says so."""
+        skips = False
+        if self._skip_nonfinite and not window.measurement.finite:
+            # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
+            skips = not all_gradients_finite(self._sensor.parameters)
+        elif self.guard is not None and window.measurement.finite:
+            measured = window.heard.in_metric or window.measurement
+            skips = self.guard.skips(measured, self._loop.typical.level, self._skips_in_a_row)
+        self._skips_in_a_row = self._skips_in_a_row + 1 if skips else 0
+        return skips
 
     def _take_step(self) -> Adjustment:
         """The optimizer's step, under the coupling's adjustment for the batch as it was decided."""
         if self._coupling is None:
             self.optimizer.step()
             return UNTOUCHED
-        known = not math.isnan(self._progress.cell_examples)
-        cell = self._progress.cell_examples if known else self._window.weight / self._window.cells
-        batch, evidence = self._accumulation_steps * cell, self._tracker.estimate()
-        adjustment = self._coupling.adjust(batch, evidence, self._adjustment, self._progress.population)
+        progress = self._loop.progress
+        known = not math.isnan(progress.cell_examples)
+        cell = progress.cell_examples if known else self._window.weight / self._window.cells
+        batch, evidence = progress.accumulation_steps * cell, self._loop.pooled.estimate()
+        adjustment = self._coupling.adjust(batch, evidence, self._adjustment, progress.population)
         with scaled_step(self.optimizer, adjustment, self._adjustment):
             self.optimizer.step()
         self._adjustment = adjustment
@@ -283,69 +319,37 @@ class BatchController:
 
     # --- the end of a window ------------------------------------------------------------------------------------
 
-    def _finish(self, window: FinishedWindow, applied: Adjustment, skipped: bool) -> Decision:
+    def _finish(
+        self, window: FinishedWindow, applied: Adjustment, skipped: bool, seconds: tuple[float, float]
+    ) -> Decision:
         """Count, pool, decide, record: floats only from here on."""
         self._window = OpenWindow()
         heard = [waiting for waiting in (self._late, window) if waiting is not None]
         # The newest window stays behind until the next one ends where nothing may wait for it.
         self._late = heard.pop() if self._read_late else None
         self._optimizer_step += not skipped
-        seen = self._progress.examples_seen + window.global_batch
-        partial = window.cells < self._accumulation_steps
-        known = not math.isnan(self._progress.cell_examples)
-        progress = replace(
-            self._progress,
-            window=self._progress.window + 1,
-            examples_seen=seen,
-            accumulation_steps=self._accumulation_steps,
-            # A window cut short by the end of the data says little about the size of a micro-batch.
-            cell_examples=self._progress.cell_examples if partial and known else window.global_batch / window.cells,
-            examples_since_change=seen - self._changed_at,
-            finite=all(one.measurement.finite for one in heard),
-        )
-        memory = noise.memory_examples(self.rule.memory, progress.cell_examples, progress.global_batch)
+        finite = all(one.measurement.finite for one in heard)
+        loop = self._loop.counted(window.global_batch, window.cells, window.largest, finite, *seconds)
+        memory = loop.memory(self.rule)
         for one in heard:
             if one.measurement.finite:
-                pair = noise.estimate(one.measurement, progress.population)
-                self._tracker = self._tracker.update(pair, one.global_batch, memory)
-        evidence = self._tracker.estimate()
-        decision = decide(self.rule, evidence, progress, self.limits)
-        if decision.accumulation_steps != self._accumulation_steps:
-            self._changed_at = seen
-        self._progress = progress
-        self._accumulation_steps = decision.accumulation_steps
-        self._record(window, evidence, decision, applied, skipped)
+                loop = loop.heard(one.heard, memory)
+            elif self.guard is not None:
+                loop = loop.spoiled(one.global_batch)
+        self._loop, self._decision = loop.decided(self.rule, self.limits, self.guard)
+        self._record(window, loop.evidence(), applied, skipped)
         for one in heard:
             self._amend(one)
-        return decision
+        return self._decision
 
-    def _record(
-        self,
-        window: FinishedWindow,
-        evidence: NoiseEstimate,
-        decision: Decision,
-        applied: Adjustment,
-        skipped: bool,
-    ) -> None:
-        low, high = noise.noise_scale_interval(evidence)
+    def _record(self, window: FinishedWindow, evidence: Evidence, applied: Adjustment, skipped: bool) -> None:
         self.history.append(
-            {
+            decision_row(self._loop, evidence, self._decision, window.global_batch)
+            | {
                 "optimizer_step": self._optimizer_step,
-                "examples_seen": self._progress.examples_seen,
                 "backward_passes": self._backward_passes,
                 "wall_seconds": time.perf_counter() - self._started,
                 "accumulation_steps": window.cells,
-                "global_batch": window.global_batch,
-                "target_batch": decision.target_batch,
-                "reason": decision.reason,
-                "loss": math.nan,
-                "grad_sq_norm": math.nan,
-                "noise_trace": math.nan,
-                "noise_scale": noise.noise_scale(evidence),
-                "noise_scale_low": low,
-                "noise_scale_high": high,
-                "relative_error": noise.relative_error(evidence, window.global_batch, self._progress.population),
-                "lr": math.nan,
                 "lr_factor": applied.lr_factor,
                 "beta2": applied_beta2(self.optimizer, applied),
                 "second_moment_factor": applied.second_moment_factor,
@@ -358,8 +362,8 @@ class BatchController:
         """Fill in a row's own measurement once it is on the host."""
         if window.row is None:
             return
-        finite = window.measurement.finite
-        pair = noise.estimate(window.measurement, self._progress.population) if finite else _NO_EVIDENCE
+        measured = window.measurement
+        pair = noise.estimate(measured, self._loop.progress.population) if measured.finite else _NO_EVIDENCE
         self.history.amend(
             window.row,
             {
@@ -367,6 +371,7 @@ class BatchController:
                 "lr": window.learning_rate,
                 "grad_sq_norm": pair.grad_sq_norm,
                 "noise_trace": pair.noise_trace,
+                "consecutive_product": measured.consecutive_product,
             },
         )
         window.row = None
@@ -378,21 +383,20 @@ class BatchController:
     # --- parameters and hooks -----------------------------------------------------------------------------------
 
     def _open_window(self, weight: float) -> None:
-        self._probe.attach(self.model, self.optimizer)
-        if any(p.grad is not None for p in self._probe.parameters):
+        self._sensor.attach()
+        if any(p.grad is not None for p in self._sensor.parameters):
             raise RuntimeError(
                 "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
                 "(set_to_none=True) first. step() clears them itself."
             )
-        # The weight a full window of equal micro-batches will have: the division at its end is then by one.
-        self._window = OpenWindow(reference=weight * self._accumulation_steps)
+        self._window = self._sensor.open_window(weight * self.accumulation_steps, self._adjustment)
 
     def close(self) -> None:
         """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""
         if self._closed:
             return
         self._settle()
-        self._probe.close()
+        self._sensor.close()
         self._closed = True
         if self._window.cells:
             warnings.warn(
@@ -423,18 +427,17 @@ class BatchController:
         self._require_between_windows("state_dict()")
         late = None
         if self._late is not None:
-            late = [self._late.global_batch, float(self._late.pieces), *self._late.values.read()]
+            numbers = [self._late.global_batch, float(self._late.pieces), *self._late.values.read()]
+            late = {"names": list(self._late.names), "numbers": numbers, "lr": self._late.lr}
+            late |= {"lr_factor": self._late.lr_factor, "steps": self._late.steps}
         return {
             "version": STATE_VERSION,
-            "accumulation_steps": self._accumulation_steps,
             "optimizer_step": self._optimizer_step,
             "backward_passes": self._backward_passes,
             "wall_seconds": time.perf_counter() - self._started,
-            "window": self._progress.window,
-            "examples_seen": self._progress.examples_seen,
-            "cell_examples": self._progress.cell_examples,
-            "changed_at": self._changed_at,
-            "tracker": self._tracker.state_dict(),
+            "skips_in_a_row": self._skips_in_a_row,
+            "loop": self._loop.state_dict(),
+            "decision": asdict(self._decision),
             "adjustment": asdict(self._adjustment),
             "late_window": late,
         }
@@ -452,32 +455,26 @@ class BatchController:
                 f"state must have version {STATE_VERSION}, got version = {state.get('version')!r}; it was saved by "
                 f"another release of adaptbatch, load it with that one."
             )
-        tracker = state.get("tracker", {})
-        require_keys("state", state, self.state_dict().keys())
-        require_keys("state['tracker']", tracker, {field.name for field in fields(noise.NoiseTracker)})
-        adjustment = state["adjustment"]
-        require_keys("state['adjustment']", adjustment, asdict(UNTOUCHED).keys())
-        self._tracker = noise.NoiseTracker.from_state_dict(tracker)
+        require_keys("state", state, self.state_dict())
+        adjustment, decision = state["adjustment"], state["decision"]
+        require_keys("state['adjustment']", adjustment, asdict(UNTOUCHED))
+        require_keys("state['decision']", decision, asdict(self._decision))
+        loop = Loop.from_state_dict(state["loop"])
+        # What the data set is and how it is measured belongs to this controller, not to the checkpoint.
+        at = self._loop.progress
+        progress = replace(loop.progress, population=at.population, by_example=at.by_example)
+        self._loop = replace(loop, progress=progress)
+        self._decision = Decision(**decision)
         self._adjustment = Adjustment(**adjustment)
-        self._accumulation_steps = int(state["accumulation_steps"])
         self._optimizer_step = int(state["optimizer_step"])
         self._backward_passes = int(state["backward_passes"])
+        self._skips_in_a_row = int(state["skips_in_a_row"])
         self._started = time.perf_counter() - float(state["wall_seconds"])
-        self._changed_at = float(state["changed_at"])
-        self._progress = replace(
-            self._progress,
-            window=int(state["window"]),
-            examples_seen=float(state["examples_seen"]),
-            cell_examples=float(state["cell_examples"]),
-        )
-        late = state["late_window"]
-        self._late = None if late is None else FinishedWindow(late[0], 0, int(late[1]), HostCopy.of(late[2:]))
+        self._ended = time.perf_counter()
+        self._sensor.forget()
+        self._late = None if state["late_window"] is None else _late_window(**state["late_window"])
 
     # --- refusals -----------------------------------------------------------------------------------------------
-
-    def _first_size(self) -> int:
-        start = replace(self._progress, accumulation_steps=self.limits.lower)
-        return decide(self.rule, _NO_EVIDENCE, start, self.limits).accumulation_steps
 
     def _require_open(self) -> None:
         if self._closed:
@@ -491,16 +488,23 @@ class BatchController:
         self._require_open()
         if not self._window.due:
             raise RuntimeError(
-                f"{call} is early: the window has {self._window.cells} of {self._accumulation_steps} micro-batches; "
+                f"{call} is early: the window has {self._window.cells} of {self.accumulation_steps} micro-batches; "
                 f"wait for step_due, or end it with close_window()."
             )
 
     def _require_between_windows(self, call: str) -> None:
         if self._window.cells or self._window.broken:
             raise RuntimeError(
-                f"{call} is for between windows, got one with {self._window.cells} of {self._accumulation_steps} "
+                f"{call} is for between windows, got one with {self._window.cells} of {self.accumulation_steps} "
                 f"micro-batches, whose gradients a checkpoint would lose; call it right after step()."
             )
 
 
 _NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
+
+
+def _late_window(
+    names: Sequence[str], numbers: Sequence[float], lr: float | None, lr_factor: float, steps: int
+) -> FinishedWindow:
+    n, pieces, *values = numbers
+    return FinishedWindow(n, 0, int(pieces), tuple(names), HostCopy.of(values), lr, lr_factor, steps=steps)

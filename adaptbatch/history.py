@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adaptbatch import noise
+from adaptbatch.loop import Loop
+from adaptbatch.records import Decision, Evidence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +31,12 @@ COLUMNS: dict[str, str] = {
     "noise_scale_low": "float64",
     "noise_scale_high": "float64",
     "relative_error": "float64",
+    "noise_scale_typical": "float64",
+    "noise_scale_metric": "float64",
+    "tail_excess": "float64",
+    "tail_share": "float64",
+    "elasticity": "float64",
+    "consecutive_product": "float64",
     "lr": "float64",
     "lr_factor": "float64",
     "beta2": "float64",
@@ -51,11 +62,17 @@ class History:
     noise_trace           this window's unbiased ``tr(Sigma)`` [g^2 example]
     noise_scale           pooled ``B = tr(Sigma) / |G|^2`` [examples], with its 95 % interval ``_low``, ``_high``
     relative_error        pooled ``sqrt(phi(n) tr(Sigma)) / |G|`` of this window's gradient [1]
+    noise_scale_typical   ``B`` of an ordinary window (:mod:`adaptbatch.tails`), in the decision's metric [examples]
+    noise_scale_metric    pooled ``B`` in the optimizer's metric [examples]; NaN without one or while it is not warm
+    tail_excess           this window's ``Q / n`` over the median of those before [1]
+    tail_share            share of the pooled sum of squares beyond the bound of the typical channel [1]
+    elasticity            ``d ln B / d ln n`` over the present climb [1]; near 1 at a noise floor
+    consecutive_product   ``<g_t, g_{t-1}>`` [g^2]; NaN without ``phase=True``
     lr                    learning rate of the first parameter group, as applied
     lr_factor             what a coupling multiplied it by; 1 without one
     beta2                 decay of the first group's second moment, as applied; NaN where it has none
     second_moment_factor  what a coupling multiplied the second moment by before the step; 1 without one
-    skipped               whether the step was left out because its gradients were not finite
+    skipped               whether the step was left out: not finite, or an exceedance that a guard skips
     ====================  ==========================================================================================
 
     NaN where a window holds no evidence (one micro-batch); ``noise_scale_high`` is infinite for an unbounded interval.
@@ -103,6 +120,35 @@ class History:
     def to_parquet(self, path: str | Path) -> None:
         """Write all rows to one Parquet file (needs the ``parquet`` extra)."""
         self.to_pandas().to_parquet(path, index=False)
+
+
+def decision_row(loop: Loop, evidence: Evidence, decision: Decision, batch: float) -> dict[str, Any]:
+    """The part of a row that follows from what is pooled; the window's own numbers are NaN until they arrive.
+
+    Args:
+        loop: After the decision.
+        evidence: It was made on.
+        decision: For the next window.
+        batch: ``n`` of the window that ended [examples].
+    """
+    euclidean, in_metric = loop.pooled.estimate(), loop.metric.estimate()
+    low, high = noise.noise_scale_interval(euclidean)
+    own = ("loss", "grad_sq_norm", "noise_trace", "consecutive_product", "lr")
+    return dict.fromkeys(own, math.nan) | {
+        "examples_seen": loop.progress.examples_seen,
+        "global_batch": batch,
+        "target_batch": decision.target_batch,
+        "reason": decision.reason,
+        "noise_scale": noise.noise_scale(euclidean),
+        "noise_scale_low": low,
+        "noise_scale_high": high,
+        "relative_error": noise.relative_error(evidence.pooled, batch, loop.progress.population),
+        "noise_scale_typical": noise.noise_scale(evidence.typical),
+        "noise_scale_metric": noise.noise_scale(in_metric),
+        "tail_excess": evidence.tail.excess,
+        "tail_share": evidence.tail.share,
+        "elasticity": evidence.response.elasticity,
+    }
 
 
 def _empty(kind: str) -> Any:

@@ -13,10 +13,11 @@ Both are unbiased for any weights. They are pooled over windows and only then re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from scipy.special import stdtrit
+from scipy.special import fdtrc, stdtrit
 
 from adaptbatch.records import Measurement, NoiseEstimate
 
@@ -226,6 +227,48 @@ def _contrast_variance(pair: NoiseEstimate, trace_factor: float, signal_factor: 
         - 2.0 * trace_factor * signal_factor * pair.covariance
         + signal_factor**2 * pair.var_grad_sq_norm
     )
+
+
+def heterogeneity(ranks: Sequence[Measurement], whole: Measurement) -> tuple[float, float]:
+    """Do the ranks draw from one population? The F ratio of the scatter between ranks to that within them.
+
+    With ``SS_B = sum_r w_r |g_r|^2 - n |g|^2`` between the ranks' own means and ``SS_W = sum_r (Q_r - w_r |g_r|^2)``
+    within them, ``F = (SS_B / (W - 1)) / (SS_W / (K - W))`` is near 1 where every rank's examples come from the same
+    distribution, and larger where shards differ: each ``SS / df`` is then unbiased for another ``tr(Sigma)``.
+
+    Args:
+        ranks: What each rank heard of its own micro-batches, :attr:`Measurement.batch_sq_norm` that of its own mean.
+        whole: The window of all ranks together.
+
+    Returns:
+        ``(F, p)``: the ratio [1], and the chance of one as large from a common population, from the F distribution
+        with ``W - 1`` and ``K - W`` degrees of freedom. Gradients of many directions scatter less than that
+        distribution allows: a small ``p`` is conservative.
+
+    Raises:
+        ValueError: If there are fewer than two ranks, or one has no degree of freedom.
+
+    Example:
+        Two ranks of two cells each; their own means are 1 and 5:
+
+        >>> left = Measurement(weighted_sq_norms=0.5 + 1.5**2 + 1.0, batch_sq_norm=1.0, global_batch=2.0, cells=2)
+        >>> right = Measurement(weighted_sq_norms=51.0, batch_sq_norm=25.0, global_batch=2.0, cells=2)
+        >>> whole = Measurement(left.weighted_sq_norms + 51.0, batch_sq_norm=9.0, global_batch=4.0, cells=4)
+        >>> ratio, chance = heterogeneity([left, right], whole)
+        >>> round(ratio, 2), chance < 0.1
+        (11.64, True)
+    """
+    if len(ranks) < 2 or any(rank.cells < 2 for rank in ranks):
+        raise ValueError(
+            f"ranks must be at least two with two cells each, got cells {[rank.cells for rank in ranks]}; use two "
+            f"accumulation steps."
+        )
+    between_df, within_df = len(ranks) - 1, whole.cells - len(ranks)
+    own = sum(rank.global_batch * rank.batch_sq_norm for rank in ranks)
+    between = (own - whole.global_batch * whole.batch_sq_norm) / between_df
+    within = (whole.weighted_sq_norms - own) / within_df
+    ratio = between / within if within > 0.0 else math.inf
+    return ratio, float(fdtrc(between_df, within_df, max(ratio, 0.0)))
 
 
 def memory_examples(memory: float | None, cell_examples: float, batch: float) -> float:

@@ -198,6 +198,19 @@ def require_coupling(optimizer: Optimizer, coupling: LearningRate) -> None:
         _require_beta2(optimizer)
 
 
+def require_metric(optimizer: Optimizer) -> None:
+    """Refuse, before the training starts, an optimizer that :func:`metric_scales` could not read.
+
+    Raises:
+        ValueError: As :func:`metric_scales`.
+
+    Example:
+        >>> require_metric(optim.Adagrad([torch.zeros(1)]))
+    """
+    _metric_key(optimizer)
+    _slots(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+
+
 def applied_beta2(optimizer: Optimizer, adjustment: Adjustment) -> float:
     """``beta2`` of the first group under ``adjustment``; NaN where it has none.
 

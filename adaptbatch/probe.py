@@ -42,6 +42,8 @@ class GradientProbe:
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
         self._boards: list[_NormBoard] = []
+        self._metric_boards: list[_NormBoard] = []
+        self._scales: Sequence[Tensor] | None = None
         self._heard: list[int] = []
         self._open = False
 
@@ -76,14 +78,18 @@ class GradientProbe:
         for index, p in enumerate(self.parameters):
             places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
         for (device, dtype), members in places.items():
-            board = _NormBoard(len(members), device, dtype)
+            board, metric_board = (_NormBoard(len(members), device, dtype) for _ in range(2))
             self._boards.append(board)
+            self._metric_boards.append(metric_board)
             for slot, index in enumerate(members):
                 small = self.parameters[index].numel() <= SMALL
-                hook = self._hook(index, board.hold if small else board.writer(slot))
+                notes = [one.hold if small else one.writer(slot) for one in (board, metric_board)]
+                hook = self._hook(index, *notes)
                 self._handles.append(self.parameters[index].register_hook(hook))  # type: ignore[no-untyped-call]
 
-    def _hook(self, index: int, note: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def _hook(
+        self, index: int, note: Callable[[Tensor], None], note_in_metric: Callable[[Tensor], None]
+    ) -> Callable[[Tensor], None]:
         heard = self._heard.append
 
         def hear(grad: Tensor) -> None:
@@ -91,14 +97,24 @@ class GradientProbe:
             if self._open:
                 heard(index)
                 note(grad)
+                if self._scales is not None:
+                    note_in_metric(_scaled(grad, self._scales[index]))
 
         return hear
+
+    def use_metric(self, scales: Sequence[Tensor] | None) -> None:
+        """Measure in a second metric too: the norm of each parameter's gradient times its scale; None ends it.
+
+        Args:
+            scales: One tensor for each of :attr:`parameters`, in their order and of their shapes.
+        """
+        self._scales = scales
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen to one backward pass; forget what an earlier one left behind."""
         self._heard.clear()
-        for board in self._boards:
+        for board in self._boards if self._scales is None else (*self._boards, *self._metric_boards):
             board.clear()
         self._open = True
         try:
@@ -127,11 +143,16 @@ class GradientProbe:
             )
         return sum_of_squares([board.norms() for board in self._boards])
 
+    def sq_norm_in_metric(self) -> Tensor | None:
+        """The same in the second metric; None without one."""
+        return None if self._scales is None else sum_of_squares([board.norms() for board in self._metric_boards])
+
     def close(self) -> None:
         """Remove every hook; nothing is left on the parameters."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._boards, self._kinds, self.parameters = [], [], [], []
+        self._handles, self._boards, self._metric_boards, self._kinds, self.parameters = [], [], [], [], []
+        self._scales = None
 
 
 class _NormBoard:
@@ -164,6 +185,11 @@ class _NormBoard:
         return self._values
 
 
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    # Half-precision gradients are small times large: their product is taken in the scale's float32.
+    return (grad.to_dense() if grad.is_sparse else grad) * scale
+
+
 def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
@@ -188,8 +214,11 @@ def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
-def batch_gradient_sq_norm(parameters: Sequence[Parameter]) -> Tensor:
-    """Squared norm of the accumulated gradient, over all parameters that have one."""
+def batch_gradient_sq_norm(parameters: Sequence[Parameter], scales: Sequence[Tensor] | None = None) -> Tensor:
+    """Squared norm of the accumulated gradient, over all parameters that have one; times ``scales``, if given."""
+    if scales is not None:
+        pairs = [(p.grad, scale) for p, scale in zip(parameters, scales, strict=True) if p.grad is not None]
+        return sum_of_squares([gradient_norm(_scaled(grad, scale)) for grad, scale in pairs])
     kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in parameters:
         if p.grad is not None:

@@ -1,6 +1,6 @@
 """The letters between the rooms: plain frozen records of floats and ints.
 
-probe --Measurement--> noise --NoiseEstimate--> rules (with Progress) --Decision--> controller
+probe --Measurement--> noise, tails --Evidence--> rules (with Progress) --Decision--> controller
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ class Measurement:
         batch_sq_norm: ``|g|^2`` of the weighted mean gradient ``g = sum_c w_c g_c / n`` [g^2].
         global_batch: ``n = sum_c w_c`` [examples, or tokens].
         cells: ``K``.
+        radial_sq_norms: ``sum_c w_c <g_c, g>^2 / |g|^2`` [g^2 example], the part of ``Q`` along ``g``; NaN unless a
+            rule asks for it, since it needs the window's gradients to be kept.
+        consecutive_product: ``<g, g'>`` with the window before [g^2]; NaN unless it was asked for.
     """
 
     weighted_sq_norms: float
     batch_sq_norm: float
     global_batch: float
     cells: int
+    radial_sq_norms: float = math.nan
+    consecutive_product: float = math.nan
 
     @property
     def finite(self) -> bool:
@@ -69,6 +74,66 @@ class NoiseEstimate:
     covariance: float = math.nan
     degrees_of_freedom: float = 0.0
     effective_windows: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Whether ``sigma / sqrt(n)`` can be believed: how far single windows stand out from the usual.
+
+    Attributes:
+        excess: The last window's ``Q / n`` over the median of the windows before it [1]; NaN while there are too few.
+        share: Share of the pooled sum of squares that windows hold beyond the bound of the typical channel [1].
+        episode_batch: ``n`` when the last episode of exceedances began [examples]; NaN before the first.
+        episode_examples: Examples since the last exceedance; infinite before the first.
+    """
+
+    excess: float = math.nan
+    share: float = math.nan
+    episode_batch: float = math.nan
+    episode_examples: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """How the noise answered when the batch grew: what tells a noise floor from a noise scale that rises by itself.
+
+    Attributes:
+        elasticity: ``d ln B / d ln n`` over the present climb [1]: 0 where ``B`` does not care, 1 at a noise floor.
+        least_error_sq: The smallest ``B / n`` among the sizes of the climb [1].
+        phase: Mean of ``<g_t, g_{t-1}>`` in its standard errors: positive while the loss still falls along ``G``,
+            negative at a floor; NaN unless it is measured.
+    """
+
+    elasticity: float = math.nan
+    least_error_sq: float = math.nan
+    phase: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that finished windows tell a rule.
+
+    Attributes:
+        pooled: Unbiased moments, decayed in examples.
+        typical: The same of windows that are scaled by the usual gradient and bounded: of an ordinary step [1].
+        tail: What the bound cut off.
+        response: What growing did so far.
+        window: The last finite window; None before the first.
+        loss: Decayed mean of the loss.
+        lr: Learning rate of the last step; NaN before the first.
+        step_seconds: Decayed mean of the seconds that a window takes whatever its size.
+        example_seconds: Decayed mean of the seconds for each example beside that.
+    """
+
+    pooled: NoiseEstimate = NoiseEstimate(math.nan, math.nan)
+    typical: NoiseEstimate = NoiseEstimate(math.nan, math.nan)
+    tail: Tail = Tail()
+    response: Response = Response()
+    window: Measurement | None = None
+    loss: float = math.nan
+    lr: float = math.nan
+    step_seconds: float = math.nan
+    example_seconds: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)

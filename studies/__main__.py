@@ -78,15 +78,24 @@ def overhead(
 
 @app.command(name="two-networks")
 def two_networks(
-    network: two_networks_study.Network = "noisy",
-    seeds: Annotated[int, tyro.conf.arg(help="seeds 0 to this, less one")] = 5,
+    network: Annotated[two_networks_study.Network | None, tyro.conf.arg(help="one of them; both if not given")] = None,
+    seeds: Annotated[int | None, tyro.conf.arg(help="seeds 0 to this, less one; the study's own if not given")] = None,
     out: Path = RUNS / "two-networks",
     workers: Annotated[int, tyro.conf.arg(help="processes, one thread each")] = 2,
 ) -> None:
     """One rule on a noisy and on a well-behaved network, against fixed batches; finished runs are kept."""
-    results = run_all(two_networks_study.runs(network, seeds), out / network, workers)
-    show(summary(results).astype({"seed": str}), f"{network} network, 80-layer residual VAE on MNIST")
-    print(f"table   {out / network / 'results.parquet'}")
+    from adaptbatch.tails import EXCEEDANCE
+    from studies.channel_figure import channel_figure
+
+    study, tables = two_networks_study, {}
+    for name in study.TASKS if network is None else (network,):
+        tables[name] = run_all(study.runs(name, seeds or study.SEEDS[name]), out / name, workers)
+        show(summary(tables[name]).astype({"seed": str}), f"{name} network, 80-layer residual VAE on MNIST")
+        show(study.verdict(tables[name], name).astype({"meets": str}), f"{name} network, over seeds")
+        print(f"table   {out / name / 'results.parquet'}")
+    smallest = {name: f"fixed {study.BATCHES[name][1]}" for name in tables}
+    channel_figure(tables, out / "figure.png", smallest=smallest, exceedance=EXCEEDANCE)
+    print(f"figure  {out / 'figure.png'}")
 
 
 @app.command(name="closed-loop")
@@ -141,6 +150,7 @@ def show(table: pd.DataFrame, title: str) -> None:
     kinds |= {"lr": ".0e", "wall s": ".0f", "window ms": ".1f", "host reads": ".0f", "extra bytes": ",.0f"}
     kinds |= {"ratio": ".3f", "ratio low": ".3f", "ratio high": ".3f", "bias %": "+.2f", "bias in SE": "+.2f"}
     kinds |= {"exact": ".4g", "mean estimate": ".4g", "switches": ".1f", "reversals": ".1f", "lag": ",.0f"}
+    kinds |= {"of best fixed": ".3f", "paired": ".3f", "paired low": ".3f", "paired high": ".3f", "of smallest": ".1%"}
     kinds |= {"rms log error": ".3f", "at limits": ".0%", "most switches": ".0f"}
     texts = {name: [_text(value, kinds.get(name, ".2f")) for value in table[name]] for name in table}
     print(f"\n{title}\n\n{pd.DataFrame(texts).to_string(index=False)}\n")

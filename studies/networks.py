@@ -107,8 +107,7 @@ class Autoencoder(nn.Module):
             raise ValueError(f"norm must be one of {get_args(Norm)}, got norm = {norm!r}.")
         outer, inner = widths
         hidden = depth // 2 - 2
-        # Widths move in steps of 8 units: few layers then pay for a crop or a pad.
-        taper = [outer + 8 * round((inner - outer) * i / hidden / 8) for i in range(hidden)] + [inner]
+        taper = [round(outer + (inner - outer) * i / hidden) for i in range(hidden + 1)]
 
         def layers(sizes: list[int]) -> list[ResidualLayer]:
             return [ResidualLayer(i, o, residual, norm, 2 * hidden) for i, o in pairwise(sizes)]

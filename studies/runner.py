@@ -41,7 +41,10 @@ class Run:
         return f"{self.arm.name}, seed {self.seed}"
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a stored result to be taken as this run's."""
+        """What must be equal for a stored result to be taken as this run's.
+
+        An open-loop run is the plain accumulation loop to the bit in every release; a closed-loop one is of its own.
+        """
         return {
             "schema": SCHEMA_VERSION,
             "study": self.study,
@@ -50,8 +53,7 @@ class Run:
             "arm": {"name": self.arm.name, "rule": repr(self.arm.rule), "lr": self.arm.lr}
             | {"warmup_examples": self.arm.warmup_examples, "max_steps": self.arm.max_steps},
             "data_sha256": data.SOURCES[self.task.data].sha256,
-            "adaptbatch": importlib.metadata.version("adaptbatch"),
-        }
+        } | ({"adaptbatch": importlib.metadata.version("adaptbatch")} if self.arm.rule.closed_loop else {})
 
     def path(self, folder: Path) -> Path:
         """Where its table is kept."""

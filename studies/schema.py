@@ -30,6 +30,12 @@ HISTORY_COLUMNS: dict[str, str] = {
     "noise_scale_low": "float64",
     "noise_scale_high": "float64",
     "relative_error": "float64",
+    "noise_scale_typical": "float64",
+    "noise_scale_metric": "float64",
+    "tail_excess": "float64",
+    "tail_share": "float64",
+    "elasticity": "float64",
+    "consecutive_product": "float64",
     "lr": "float64",
     "lr_factor": "float64",
     "beta2": "float64",
@@ -43,7 +49,7 @@ LOOP_COLUMNS: dict[str, str] = {
     "validation_loss": "float64",  # mean loss on the fixed probe set after the step; NaN where it was not evaluated
 }
 COLUMNS = RUN_COLUMNS | HISTORY_COLUMNS | LOOP_COLUMNS
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def conform(table: pd.DataFrame) -> pd.DataFrame:

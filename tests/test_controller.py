@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptbatch as ab
+from adaptbatch import Progress
 from adaptbatch.history import COLUMNS
+from adaptbatch.loop import Loop
 from studies.overhead import Allocations, HostReads
 from tests import reference
 from tests.test_probe import Checkpointed, TiedLanguageModel
@@ -403,15 +405,19 @@ class LastDigits:
     closed_loop = True
     memory = 100.0
 
-    def decide(self, evidence: ab.NoiseEstimate, progress: ab.Progress, limits: ab.Limits) -> ab.Decision:
-        if math.isnan(evidence.noise_trace):
+    def decide(self, evidence: ab.Evidence, progress: ab.Progress, limits: ab.Limits) -> ab.Decision:
+        if math.isnan(evidence.pooled.noise_trace):
             return ab.Decision(2, math.nan, "undecided")
-        return ab.Decision(2 + int(1e12 * evidence.noise_trace) % 4, math.nan, "hold")
+        return ab.Decision(2 + int(1e12 * evidence.pooled.noise_trace) % 4, math.nan, "hold")
 
 
 def adaptive(model: nn.Module) -> tuple[ab.BatchController, torch.optim.Optimizer]:
     optimizer = adamw(model)
     return ab.BatchController(model, optimizer, rule=LastDigits()), optimizer
+
+
+def without_times(state: dict) -> dict:
+    return state | {"wall_seconds": 0, "loop": state["loop"] | {"seconds_each": []}}
 
 
 class TestState:
@@ -449,7 +455,7 @@ class TestState:
         controller.discard_window()
         other.discard_window()
         # By their texts: NaN stands where nothing is coupled.
-        assert repr(other.state_dict() | {"wall_seconds": 0}) == repr(controller.state_dict() | {"wall_seconds": 0})
+        assert repr(without_times(other.state_dict())) == repr(without_times(controller.state_dict()))
 
     def test_time_goes_on_after_a_load(self):
         model = small_model()
@@ -471,14 +477,14 @@ class TestState:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"version": 99}, r"state must have version 2, got version = 99; it was saved by another release"),
+            ({"version": 99}, r"state must have version 3, got version = 99; it was saved by another release"),
             ({"surplus": 1}, r"state must have exactly the known keys, got unknown \['surplus'\] and missing \[\]"),
             (
-                {"tracker": {}},
-                r"state\['tracker'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
+                {"loop": Loop(Progress()).state_dict() | {"pooled": {}}},
+                r"state\['pooled'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
             ),
         ],
-        ids=["version", "unknown", "tracker"],
+        ids=["version", "unknown", "pooled"],
     )
     def test_refuses_a_state_that_is_not_its_own(self, change, message):
         model = small_model()
@@ -486,14 +492,14 @@ class TestState:
         before = controller.state_dict()
         with pytest.raises(ValueError, match=message):
             controller.load_state_dict(before | change)
-        assert controller.state_dict()["tracker"] == before["tracker"]
+        assert controller.state_dict()["loop"]["pooled"] == before["loop"]["pooled"]
 
     def test_refuses_a_state_with_a_missing_key(self):
         model = small_model()
         controller = ab.BatchController(model, sgd(model))
         state = controller.state_dict()
-        del state["examples_seen"]
-        with pytest.raises(ValueError, match=r"got unknown \[\] and missing \['examples_seen'\]"):
+        del state["optimizer_step"]
+        with pytest.raises(ValueError, match=r"got unknown \[\] and missing \['optimizer_step'\]"):
             controller.load_state_dict(state)
 
 
@@ -548,10 +554,10 @@ class TestLateReading:
         run(controller, data[:8])
         prompt, _ = adaptive(model)
         prompt.load_state_dict(controller.state_dict())
-        before = controller.state_dict()["tracker"]["weight"]
+        before = controller.state_dict()["loop"]["pooled"]["weight"]
         run(prompt, data[8:10])
         windows_since = sum(row["accumulation_steps"] - 1 for row in [*controller.history, *prompt.history][-2:])
-        assert prompt.state_dict()["tracker"]["weight"] == pytest.approx(before + windows_since, rel=0.2)
+        assert prompt.state_dict()["loop"]["pooled"]["weight"] == pytest.approx(before + windows_since, rel=0.2)
         assert prompt.state_dict()["late_window"] is None
 
 
@@ -777,7 +783,7 @@ def test_defaults_are_the_documented_ones():
     assert controller.rule == ab.RelativeStandardError(theta=1.0)
     assert controller.limits == ab.Limits(min_steps=2, max_steps=64, max_growth=2.0, max_shrink=0.8)
     assert controller.accumulation_steps == 2
-    assert np.isneginf(controller.state_dict()["changed_at"])
+    assert np.isneginf(controller.state_dict()["loop"]["changed_at"])
 
 
 class TestGhost:
@@ -828,6 +834,33 @@ class TestGhost:
         steps = controller.history.to_pandas()["accumulation_steps"]
         assert steps.iloc[0] == 1
         assert steps.iloc[-2] == 8
+
+    def test_the_noise_of_single_layers_adds_up(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1), ghost=True)
+        (x,) = batches([9])
+        gradients = reference.per_example_gradients(model, squared, x)
+        controller.backward(squared(model, x), weight=9)
+        layers = controller.layer_noise()
+        assert list(layers) == [name for name, _ in model.named_parameters()]
+        first = next(iter(model.parameters())).numel()
+        trace, signal = reference.anova([(1.0, gradient[:first]) for gradient in gradients])
+        assert layers["0.weight"].noise_trace == pytest.approx(trace, rel=1e-9)
+        assert layers["0.weight"].grad_sq_norm == pytest.approx(signal, rel=1e-9, abs=1e-12 * trace)
+        controller.step()
+        row = controller.history.to_pandas().iloc[-1]
+        assert sum(pair.noise_trace for pair in layers.values()) == pytest.approx(row["noise_trace"], rel=1e-9)
+        assert sum(pair.grad_sq_norm for pair in layers.values()) == pytest.approx(row["grad_sq_norm"], rel=1e-6)
+
+    def test_the_noise_of_single_layers_needs_one_micro_batch(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), ghost=True)
+        for x in batches([4, 4]):
+            controller.backward(squared(model, x), weight=4)
+        with pytest.raises(
+            RuntimeError, match="needs ghost=True and a window of one micro-batch, got GhostProbe and 2"
+        ):
+            controller.layer_noise()
 
     def test_weights_are_examples(self):
         model = small_model()

@@ -366,3 +366,40 @@ def test_records_are_plain_values():
     assert not Measurement(math.inf, 2.0, 3.0, 4).finite
     with pytest.raises(AttributeError):
         window.cells = 5  # type: ignore[misc]
+
+
+class TestHeterogeneity:
+    @staticmethod
+    def window(rng: np.random.Generator, shift: float) -> tuple[list[Measurement], Measurement]:
+        """Three ranks of four unequal cells; the third one's examples are shifted."""
+        sizes = (8.0, 8.0, 5.0, 11.0)
+        cells = [
+            [(w, rng.normal(size=6) / math.sqrt(w) + 1.0 + shift * (rank == 2)) for w in sizes] for rank in range(3)
+        ]
+        return [reference.measurement(rank) for rank in cells], reference.measurement([c for r in cells for c in r])
+
+    def test_is_the_ratio_of_the_two_scatters(self):
+        rng = np.random.default_rng(0)
+        sizes, values = [4.0, 6.0, 3.0, 3.0], rng.normal(size=(4, 5))
+        ranks = [list(zip(sizes[:2], values[:2], strict=True)), list(zip(sizes[2:], values[2:], strict=True))]
+        means = [sum(w * g for w, g in rank) / sum(w for w, _ in rank) for rank in ranks]
+        mean = sum(w * g for w, g in ranks[0] + ranks[1]) / 16.0
+        within = sum(w * np.sum((g - m) ** 2) for rank, m in zip(ranks, means, strict=True) for w, g in rank) / 2
+        between = sum(n * np.sum((m - mean) ** 2) for n, m in zip((10.0, 6.0), means, strict=True)) / 1
+        found, _ = noise.heterogeneity([*map(reference.measurement, ranks)], reference.measurement(ranks[0] + ranks[1]))
+        assert found == pytest.approx(between / within)
+
+    def test_one_population_is_not_called_two(self):
+        rng = np.random.default_rng(0)
+        ratios, chances = np.array([noise.heterogeneity(*self.window(rng, 0.0)) for _ in range(400)]).T
+        assert abs(ratios.mean() - 1.0) < 5 * ratios.std() / 20 + 0.05
+        assert (chances < 0.05).mean() <= 0.05
+
+    def test_a_shifted_shard_is_found(self):
+        rng = np.random.default_rng(0)
+        assert np.mean([noise.heterogeneity(*self.window(rng, 1.0))[1] < 0.05 for _ in range(50)]) > 0.9
+
+    def test_refuses_ranks_without_scatter_of_their_own(self):
+        single = Measurement(1.0, 1.0, 1.0, 1)
+        with pytest.raises(ValueError, match=r"ranks must be at least two with two cells each, .* cells \[1, 1\]"):
+            noise.heterogeneity([single, single], Measurement(2.0, 1.0, 2.0, 2))

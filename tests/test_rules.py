@@ -1,10 +1,11 @@
-"""rules.py: the promises of every rule, and the CLT rule's decisions one by one."""
+"""rules/: the promises of every rule, and the CLT rule's decisions one by one."""
 
 from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,19 +14,34 @@ from hypothesis import strategies as st
 
 import adaptbatch as ab
 from adaptbatch import (
+    CABS,
+    CosineSimilarity,
     Decision,
+    DiveBatch,
+    Evidence,
     Fixed,
+    Goodput,
+    Guard,
+    InnerProductTest,
     Limits,
+    Measurement,
     NoiseEstimate,
+    NoiseScale,
     NoiseTracker,
+    NormTest,
+    Pareto,
     Progress,
     Ramp,
     RelativeStandardError,
     Replay,
+    Response,
+    Schedule,
+    Seesaw,
+    Tail,
     decide,
     noise,
 )
-from adaptbatch.records import Measurement
+from adaptbatch.records import Reason
 
 RULES = {
     "fixed": Fixed(4),
@@ -33,12 +49,37 @@ RULES = {
     "linear": Ramp(1, 16, 10_000),
     "exponential": Ramp(2, 32, 5e4, shape="exponential"),
     "staircase": Ramp(16, 2, 5e4, shape="staircase", stairs=3),
+    "increments": Ramp(2, 20, 5e4, shape="increments", increment=6),
+    "schedule": Schedule((0, 1e4, 5e4), (2, 8, 4)),
+    "seesaw": Seesaw(3, (1e4, 5e4), decay=0.7),
     "clt": RelativeStandardError(),
     "clt tuned": RelativeStandardError(theta=0.5, memory=1e4, dead_time=0.0, z_grow=1.0, z_shrink=0.0),
+    "clt pooled": RelativeStandardError(dead_time=0.0, channel="pooled", at_floor="hold"),
+    "norm test": NormTest(),
+    "norm test, debiased": NormTest(theta=1.0, debiased=True, grow_only=False),
+    "inner product": InnerProductTest(),
+    "inner product alone": InnerProductTest(theta=0.5, nu=None),
+    "cosine": CosineSimilarity(),
+    "noise scale": NoiseScale(),
+    "pareto": Pareto(price=1000.0),
+    "goodput": Goodput(initial_batch=128.0),
+    "goodput, given times": Goodput(64, step_seconds=0.5, example_seconds=0.001, improvement=1.0, memory=1e4),
+    "cabs": CABS(scale=2.0, loss_floor=0.1),
+    "divebatch": DiveBatch(delta=0.5, epoch_examples=1e4),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
-evidence = st.builds(
+
+def known(pair: NoiseEstimate, **others) -> Evidence:
+    """Evidence that says ``pair`` in both channels."""
+    return Evidence(pooled=pair, typical=pair, **others)
+
+
+def perhaps(numbers: st.SearchStrategy[float]) -> st.SearchStrategy[float]:
+    return st.just(math.nan) | numbers
+
+
+pairs = st.builds(
     NoiseEstimate,
     grad_sq_norm=st.floats(-10, 100),
     noise_trace=st.floats(0, 1e6),
@@ -47,6 +88,43 @@ evidence = st.builds(
     covariance=st.just(0.0),
     degrees_of_freedom=st.floats(1, 1e4),
     effective_windows=st.floats(1, 100),
+)
+no_tail = st.builds(Tail, excess=perhaps(st.floats(0, 1e6)), share=perhaps(st.floats(0, 1)))
+tails = no_tail | st.builds(
+    Tail,
+    excess=st.floats(0, math.inf),
+    share=perhaps(st.floats(0, 1)),
+    episode_batch=st.floats(1, 1e5),
+    episode_examples=st.floats(0, 1e7),
+)
+responses = st.builds(
+    Response,
+    elasticity=perhaps(st.floats(-2, math.inf)),
+    least_error_sq=perhaps(st.floats(0, math.inf)),
+    phase=perhaps(st.floats(-10, 10)),
+)
+
+
+@st.composite
+def measured(draw: st.DrawFn) -> Measurement:
+    """A window that gradients could have: ``n |g|^2 <= R <= Q``, with equality for a single cell."""
+    n, length, cells = draw(st.floats(1, 1e5)), draw(st.floats(0, 100)), draw(st.integers(1, 64))
+    radial, orthogonal = (draw(st.floats(0, 1e6)) if cells > 1 else 0.0 for _ in range(2))
+    total = n * length + radial
+    return Measurement(total + orthogonal, length, n, cells, draw(st.sampled_from([total, math.nan])))
+
+
+evidence = st.builds(
+    Evidence,
+    pooled=st.just(NoiseEstimate(math.nan, math.nan)) | pairs,
+    typical=st.just(NoiseEstimate(math.nan, math.nan)) | pairs,
+    tail=tails,
+    response=responses,
+    window=st.none() | measured(),
+    loss=perhaps(st.floats(-10, 100)),
+    lr=perhaps(st.floats(0, 10)),
+    step_seconds=perhaps(st.floats(0, 10)),
+    example_seconds=perhaps(st.floats(0, 1)),
 )
 progress = st.builds(
     Progress,
@@ -81,6 +159,13 @@ class TestEveryRule:
             rule.theta = 2.0
 
     @every_rule
+    def test_takes_the_scalars_of_numpy(self, rule):
+        given = {item.name: in_numpy(getattr(rule, item.name)) for item in fields(rule)}
+        same = type(rule)(**given)
+        assert same == rule
+        assert eval(repr(same), vars(ab)) == rule
+
+    @every_rule
     @given(evidence=evidence, progress=progress, limits=limits)
     def test_stays_within_the_limits_and_is_pure(self, rule, evidence, progress, limits):
         decision = decide(rule, evidence, progress, limits)
@@ -88,21 +173,76 @@ class TestEveryRule:
         assert resolved.min_steps <= decision.accumulation_steps <= resolved.max_steps
         assert type(decision.accumulation_steps) is int
         assert type(decision.target_batch) is float
-        assert decide(rule, evidence, progress, limits) == decision
+        assert decision.reason in get_args(Reason)
+        assert not decision.target_batch > progress.population
+        again = decide(rule, evidence, progress, limits)
+        assert repr(again) == repr(decision), "NaN is not equal to itself, its text is"
+
+    @every_rule
+    @given(evidence=evidence, progress=progress, limits=limits)
+    def test_the_reason_tells_where_it_went(self, rule, evidence, progress, limits):
+        k = limits.resolve(rule, progress.world_size).clamp(progress.accumulation_steps)
+        decision = decide(rule, evidence, replace(progress, accumulation_steps=k, finite=True), limits)
+        moved = decision.accumulation_steps - k
+        assert np.sign(moved) in MOVES[decision.reason]
+
+    @every_rule
+    @given(evidence=evidence, progress=progress, limits=limits)
+    def test_moves_no_faster_than_the_limits_in_a_closed_loop(self, rule, evidence, progress, limits):
+        resolved = limits.resolve(rule, progress.world_size)
+        k = resolved.clamp(progress.accumulation_steps)
+        after = decide(rule, evidence, replace(progress, accumulation_steps=k), limits)
+        if not rule.closed_loop:
+            return
+        if after.reason != "guard":
+            assert after.accumulation_steps <= max(k + 1, math.ceil(limits.max_growth * k))
+        assert after.accumulation_steps >= min(k, max(resolved.min_steps, math.floor(limits.max_shrink * k)))
 
     @every_rule
     def test_begins_without_evidence(self, rule):
-        nothing = NoiseEstimate(math.nan, math.nan)
-        first = decide(rule, nothing, Progress(accumulation_steps=2), Limits())
-        assert 1 <= first.accumulation_steps <= 64
+        for at in (Progress(accumulation_steps=2), Progress(accumulation_steps=2, cell_examples=64)):
+            first = decide(rule, Evidence(), at, Limits())
+            assert 1 <= first.accumulation_steps <= 64
+            if rule.closed_loop:
+                assert (first.accumulation_steps, first.reason) == (2, "undecided")
+                assert math.isnan(first.target_batch)
+
+    @every_rule
+    def test_keeps_its_size_after_a_window_without_a_degree_of_freedom(self, rule):
+        alone = Evidence(window=Measurement(256.0, 4.0, 64.0, cells=1, radial_sq_norms=256.0), loss=1.0, lr=0.1)
+        decision = decide(rule, alone, Progress(accumulation_steps=3, cell_examples=64), Limits())
+        if rule.closed_loop:
+            assert (decision.accumulation_steps, decision.reason) == (3, "undecided")
 
     @every_rule
     def test_says_nonfinite(self, rule):
         after = Progress(accumulation_steps=4, cell_examples=64, finite=False)
-        decision = decide(rule, NoiseEstimate(1.0, 1e6, 0.0, 0.0, 0.0, 9.0, 90.0), after, Limits())
+        decision = decide(rule, known(NoiseEstimate(1.0, 1e6, 0.0, 0.0, 0.0, 9.0, 90.0)), after, Limits())
         assert decision.reason == "nonfinite"
         if rule.closed_loop:
             assert decision.accumulation_steps == 4
+
+
+# The signs of a move that each reason allows.
+MOVES = {
+    "hold": {0},
+    "grow": {1},
+    "shrink": {-1},
+    "growth_limited": {1},
+    "undecided": {0},
+    "signal_lost": {1},
+    "noise_floor": {0, 1},
+    "at_max": {0, 1},
+    "at_min": {0, -1},
+    "guard": {0, 1, -1},
+}
+
+
+def in_numpy(value):
+    """``value`` as numpy's scalar, or its entries as such."""
+    if isinstance(value, tuple):
+        return np.array(value)
+    return {bool: np.bool_, int: np.int64, float: np.float64}.get(type(value), lambda same: same)(value)
 
 
 class TestCLTRule:
@@ -113,27 +253,19 @@ class TestCLTRule:
         """A decision where the evidence is sure and wants ``target`` examples."""
         pair = replace(self.sure, noise_trace=target, var_noise_trace=1e-6 * target**2)
         at = replace(self.at, accumulation_steps=k, **changes)
-        return decide(RelativeStandardError(), pair, at, limits or Limits())
+        return decide(RelativeStandardError(), known(pair), at, limits or Limits())
 
     @given(evidence=evidence, progress=progress, limits=limits, theta=st.floats(0.1, 4))
     def test_keeps_the_error_or_says_why_not(self, evidence, progress, limits, theta):
         decision = decide(RelativeStandardError(theta), evidence, progress, limits)
         n = decision.accumulation_steps * progress.step_examples
-        if noise.relative_error(evidence, n, progress.population) > theta * (1 + 1e-9):
-            assert decision.reason in ("undecided", "growth_limited", "signal_lost", "at_max", "nonfinite")
-
-    @given(evidence=evidence, progress=progress, limits=limits)
-    def test_never_moves_faster_than_the_limits(self, evidence, progress, limits):
-        resolved = limits.resolve(RelativeStandardError(), progress.world_size)
-        k = resolved.clamp(progress.accumulation_steps)
-        after = decide(RelativeStandardError(), evidence, replace(progress, accumulation_steps=k), limits)
-        assert after.accumulation_steps <= max(k + 1, math.ceil(limits.max_growth * k))
-        assert after.accumulation_steps >= min(k, max(resolved.min_steps, math.floor(limits.max_shrink * k)))
-
-    @given(evidence=evidence, progress=progress, limits=limits)
-    def test_the_target_never_exceeds_the_population(self, evidence, progress, limits):
-        decision = decide(RelativeStandardError(), evidence, progress, limits)
-        assert not decision.target_batch > progress.population * (1 + 1e-12)
+        reasons = {"undecided", "growth_limited", "signal_lost", "at_max", "nonfinite"}
+        if math.isfinite(evidence.tail.episode_examples):
+            reasons.add("guard")
+        if evidence.response.elasticity > 0.7 and evidence.response.least_error_sq > theta**2:
+            reasons.add("noise_floor")
+        if noise.relative_error(evidence.typical, n, progress.population) > theta * (1 + 1e-9):
+            assert decision.reason in reasons
 
     def test_grow_to_the_target(self):
         assert self.decide(target=400) == Decision(7, 400.0, "grow")
@@ -150,9 +282,9 @@ class TestCLTRule:
 
     def test_signal_lost_grows_on(self):
         lost = replace(self.sure, grad_sq_norm=-0.5)
-        assert decide(RelativeStandardError(), lost, self.at, Limits()) == Decision(8, math.inf, "signal_lost")
-        known = replace(self.at, population=60_000)
-        assert decide(RelativeStandardError(), lost, known, Limits()) == Decision(8, 60_000, "signal_lost")
+        assert decide(RelativeStandardError(), known(lost), self.at, Limits()) == Decision(8, math.inf, "signal_lost")
+        finite = replace(self.at, population=60_000)
+        assert decide(RelativeStandardError(), known(lost), finite, Limits()) == Decision(8, 60_000, "signal_lost")
 
     def test_hold_where_the_target_is_this_size(self):
         assert self.decide(target=250) == Decision(4, 250.0, "hold")
@@ -171,13 +303,13 @@ class TestCLTRule:
 
     def test_too_few_windows_are_undecided(self):
         few = replace(self.sure, effective_windows=7.9)
-        assert decide(RelativeStandardError(), few, self.at, Limits()).reason == "undecided"
+        assert decide(RelativeStandardError(), known(few), self.at, Limits()).reason == "undecided"
 
     def test_weak_evidence_is_undecided(self):
         weak = replace(self.sure, var_noise_trace=400.0**2)
         excess, error = noise.excess_error(weak, 256, 1.0)
         assert 0 < excess < 2.33 * error
-        assert decide(RelativeStandardError(), weak, self.at, Limits()) == Decision(4, 1024.0, "undecided")
+        assert decide(RelativeStandardError(), known(weak), self.at, Limits()) == Decision(4, 1024.0, "undecided")
 
     def test_dead_time(self):
         # Half of max(1000 b, 10 n) = 64,000 examples, three times that for a shrink.
@@ -188,18 +320,18 @@ class TestCLTRule:
 
     def test_dead_time_and_memory_can_be_set(self):
         pair, at = replace(self.sure, noise_trace=5000.0), replace(self.at, examples_since_change=100)
-        assert decide(RelativeStandardError(dead_time=101), pair, at, Limits()).reason == "undecided"
-        assert decide(RelativeStandardError(dead_time=100), pair, at, Limits()).reason == "growth_limited"
-        assert decide(RelativeStandardError(memory=200), pair, at, Limits()).reason == "growth_limited"
+        assert decide(RelativeStandardError(dead_time=101), known(pair), at, Limits()).reason == "undecided"
+        assert decide(RelativeStandardError(dead_time=100), known(pair), at, Limits()).reason == "growth_limited"
+        assert decide(RelativeStandardError(memory=200), known(pair), at, Limits()).reason == "growth_limited"
 
     def test_the_whole_population_is_enough(self):
         lost = replace(self.sure, grad_sq_norm=-0.5)
-        decision = decide(RelativeStandardError(), lost, replace(self.at, population=200), Limits())
+        decision = decide(RelativeStandardError(), known(lost), replace(self.at, population=200), Limits())
         assert decision == Decision(4, 200.0, "hold")
 
     def test_a_known_population_needs_less(self):
         pair = replace(self.sure, noise_trace=400.0)
-        finite = decide(RelativeStandardError(), pair, replace(self.at, population=400), Limits())
+        finite = decide(RelativeStandardError(), known(pair), replace(self.at, population=400), Limits())
         assert finite.target_batch == pytest.approx(200.0)
 
     def test_finds_a_constant_noise_scale_and_stays(self):
@@ -217,7 +349,7 @@ class TestCLTRule:
             at = replace(at, examples_seen=seen, examples_since_change=seen - changed)
             memory = noise.memory_examples(None, cell, k * cell)
             tracker = tracker.update(noise.estimate(window), k * cell, memory)
-            decision = decide(rule, tracker.estimate(), at, limits)
+            decision = decide(rule, known(tracker.estimate()), at, limits)
             changed = seen if decision.accumulation_steps != k else changed
             at = replace(at, accumulation_steps=decision.accumulation_steps)
             path.append(decision.accumulation_steps)
@@ -228,12 +360,160 @@ class TestCLTRule:
         assert (np.diff(moves) != 0).sum() == 0, "a reversal at a constant noise scale"
 
 
-class TestOpenLoop:
-    nothing = NoiseEstimate(math.nan, math.nan)
+class TestChannels:
+    """The CLT rule's typical, tail and response channels."""
 
+    quiet = NoiseEstimate(1.0, 130.0, 1e-4, 1.0, 0.0, degrees_of_freedom=100, effective_windows=30)
+    noisy = replace(quiet, noise_trace=5000.0)
+    at = Progress(accumulation_steps=4, cell_examples=64, window=100, examples_seen=1e6)
+
+    def test_the_typical_channel_decides_unless_it_is_told_otherwise(self):
+        told = Evidence(pooled=self.noisy, typical=self.quiet)
+        assert decide(RelativeStandardError(), told, self.at, Limits()).reason == "shrink"
+        assert decide(RelativeStandardError(channel="pooled"), told, self.at, Limits()).reason == "growth_limited"
+
+    def test_after_an_episode_k_is_twice_the_size_that_saw_it(self):
+        saw = known(self.quiet, tail=Tail(1.0, 0.5, episode_batch=320.0, episode_examples=500.0))
+        assert decide(RelativeStandardError(), saw, self.at, Limits()) == Decision(10, 130.0, "guard")
+        assert decide(RelativeStandardError(), saw, self.at, Limits(max_steps=9)) == Decision(9, 130.0, "guard")
+
+    def test_it_waits_until_gradients_are_usual_again(self):
+        during = known(self.noisy, tail=Tail(150.0, 0.5, episode_batch=320.0, episode_examples=0.0))
+        assert decide(RelativeStandardError(), during, self.at, Limits()) == Decision(4, 5000.0, "guard")
+
+    def test_the_pooled_channel_has_no_tail(self):
+        saw = known(self.quiet, tail=Tail(150.0, 0.5, episode_batch=320.0, episode_examples=0.0))
+        plain = decide(RelativeStandardError(channel="pooled"), saw, self.at, Limits())
+        assert plain == Decision(3, 130.0, "shrink")
+
+    @pytest.mark.parametrize(("memory", "hold"), [(None, 640_000), (5000.0, 50_000)])
+    def test_the_size_is_held_for_ten_memories(self, memory, hold):
+        rule, at = RelativeStandardError(memory=memory), replace(self.at, accumulation_steps=10)
+        tail = Tail(1.0, 0.5, episode_batch=320.0, episode_examples=hold - 1)
+        assert decide(rule, known(self.quiet, tail=tail), at, Limits()) == Decision(10, 130.0, "guard")
+        released = replace(tail, episode_examples=hold)
+        assert decide(rule, known(self.quiet, tail=released), at, Limits()) == Decision(8, 130.0, "shrink")
+
+    def test_a_shrink_stops_at_the_size_held(self):
+        tail = Tail(1.0, 0.5, episode_batch=576.0, episode_examples=1000.0)
+        at = replace(self.at, accumulation_steps=20)
+        assert decide(RelativeStandardError(), known(self.quiet, tail=tail), at, Limits()) == Decision(
+            18, 130.0, "guard"
+        )
+
+    def test_the_size_held_can_be_grown_from(self):
+        tail = Tail(1.0, 0.5, episode_batch=256.0, episode_examples=1000.0)
+        at = replace(self.at, accumulation_steps=8)
+        assert decide(RelativeStandardError(), known(self.noisy, tail=tail), at, Limits()).reason == "growth_limited"
+
+    def test_the_size_held_is_a_batch_not_a_number_of_steps(self):
+        """Twice the batch, when micro-batches have become half as large, is four times the steps."""
+        tail = Tail(1.0, 0.5, episode_batch=256.0, episode_examples=500.0)
+        at = replace(self.at, cell_examples=32)
+        assert decide(RelativeStandardError(), known(self.quiet, tail=tail), at, Limits()).accumulation_steps == 16
+
+    floor = Response(elasticity=1.0, least_error_sq=6.0)
+
+    def at_floor(self, response: Response, rule: RelativeStandardError | None = None, **changes) -> Decision:
+        at = replace(self.at, **changes)
+        return decide(rule or RelativeStandardError(), known(self.noisy, response=response), at, Limits())
+
+    def test_at_the_noise_floor_it_grows_or_holds_as_told(self):
+        assert self.at_floor(self.floor) == Decision(8, 5000.0, "noise_floor")
+        hold = RelativeStandardError(at_floor="hold")
+        assert self.at_floor(self.floor, hold) == Decision(4, 5000.0, "noise_floor")
+
+    def test_a_growth_at_the_noise_floor_waits_like_any_other(self):
+        waiting = self.at_floor(self.floor, examples_since_change=31_999)
+        assert waiting == Decision(4, 5000.0, "noise_floor")
+
+    @pytest.mark.parametrize(
+        "response",
+        [
+            Response(elasticity=0.69, least_error_sq=6.0),
+            Response(elasticity=1.0, least_error_sq=1.5),
+            Response(elasticity=1.0, least_error_sq=6.0, phase=-1.9),
+            Response(),
+        ],
+        ids=["B rises by itself", "a size was nearly enough", "the loss falls along G", "nothing known"],
+    )
+    def test_what_is_no_noise_floor(self, response):
+        assert self.at_floor(response, RelativeStandardError(at_floor="hold")) == Decision(8, 5000.0, "growth_limited")
+
+    def test_gradients_that_point_back_confirm_the_floor(self):
+        assert self.at_floor(replace(self.floor, phase=-2.1)).reason == "noise_floor"
+
+    def test_nearly_enough_is_in_units_of_theta(self):
+        response = Response(elasticity=1.0, least_error_sq=2.0)
+        assert self.at_floor(response, RelativeStandardError(theta=1.1)).reason == "noise_floor"
+        assert self.at_floor(response, RelativeStandardError(theta=1.2)).reason == "growth_limited"
+
+    def test_a_quiet_batch_is_at_no_floor(self):
+        quiet = known(self.quiet, response=self.floor)
+        assert decide(RelativeStandardError(at_floor="hold"), quiet, self.at, Limits()).reason == "shrink"
+
+
+class TestGuard:
+    at = Progress(accumulation_steps=4, cell_examples=64)
+    saw = Evidence(tail=Tail(math.inf, 0.0, episode_batch=256.0, episode_examples=0.0))
+
+    def test_is_a_value(self):
+        guard = Guard(skip_ratio=25.0, max_skips=0, hold=1e6)
+        assert eval(repr(guard), vars(ab)) == guard
+        assert pickle.loads(pickle.dumps(guard)) == guard
+        assert hash(guard) == hash(replace(guard))
+
+    def test_skips_a_step_ten_times_longer_than_usual_but_not_for_ever(self):
+        """``Q / n`` is 101 or 100 times the level of 3."""
+        far, near = (Measurement(3.0 * ratio * 128.0, 1.0, 128.0, 2) for ratio in (101, 100))
+        assert Guard().skips(far, level=3.0, skipped=0)
+        assert not Guard().skips(near, level=3.0, skipped=0)
+        assert Guard().skips(far, level=3.0, skipped=2)
+        assert not Guard().skips(far, level=3.0, skipped=3)
+        assert not Guard(max_skips=0).skips(far, level=3.0, skipped=0)
+        assert Guard(skip_ratio=25.0).skips(near, level=3.0, skipped=0)
+
+    def test_skips_nothing_while_the_usual_is_unknown(self):
+        assert not Guard().skips(Measurement(1e30, 1.0, 128.0, 2), level=math.nan, skipped=0)
+
+    def test_reacts_upwards_only(self):
+        small, large = Decision(7, 448.0, "hold"), Decision(8, 512.0, "grow")
+        assert Guard().react(small, self.saw, self.at, Limits()) == Decision(8, 448.0, "guard")
+        assert Guard().react(large, self.saw, self.at, Limits()) == large
+        assert Guard().react(small, Evidence(), self.at, Limits()) == small
+
+    def test_holds_as_long_as_told(self):
+        small = Decision(4, 256.0, "hold")
+        for guard, memory, hold in ((Guard(), None, 640_000), (Guard(), 1000.0, 10_000), (Guard(hold=77.0), 1.0, 77)):
+            for examples, reason in ((hold - 1, "guard"), (hold, "hold")):
+                saw = Evidence(tail=replace(self.saw.tail, episode_examples=examples))
+                assert guard.react(small, saw, self.at, Limits(), memory).reason == reason
+
+    def test_composes_with_an_open_loop_rule(self):
+        assert decide(Fixed(4), self.saw, self.at, Limits()) == Decision(4, 256.0, "hold")
+        assert decide(Fixed(4), self.saw, self.at, Limits(), Guard()) == Decision(8, 256.0, "guard")
+        assert decide(Fixed(4), self.saw, self.at, Limits(max_steps=6), Guard()) == Decision(6, 256.0, "guard")
+
+    def test_reacts_to_a_gradient_that_is_not_finite(self):
+        spoiled = replace(self.at, finite=False)
+        assert decide(NoiseScale(), self.saw, spoiled, Limits(), Guard()).accumulation_steps == 8
+        assert decide(NoiseScale(), self.saw, spoiled, Limits(), Guard()).reason == "guard"
+        assert decide(NoiseScale(), self.saw, spoiled, Limits()).reason == "nonfinite"
+
+    @every_rule
+    @given(evidence=evidence, progress=progress, limits=limits)
+    def test_never_lowers_a_size_and_keeps_the_limits(self, rule, evidence, progress, limits):
+        alone = decide(rule, evidence, progress, limits)
+        guarded = decide(rule, evidence, progress, limits, Guard())
+        assert alone.accumulation_steps <= guarded.accumulation_steps <= limits.max_steps
+        if guarded.reason == "guard" != alone.reason:
+            assert math.isfinite(evidence.tail.episode_examples)
+
+
+class TestOpenLoop:
     def steps(self, rule: ab.Rule, *, window: int = 0, seen: float = 0.0, k: int = 1, limits: Limits | None = None):
         at = Progress(window=window, examples_seen=seen, accumulation_steps=k, cell_examples=64)
-        return decide(rule, self.nothing, at, limits or Limits())
+        return decide(rule, Evidence(), at, limits or Limits())
 
     def test_fixed(self):
         assert self.steps(Fixed(4), k=4) == Decision(4, 256.0, "hold")
@@ -264,6 +544,12 @@ class TestOpenLoop:
         if shape == "staircase":
             assert len(set(np.round(found, 9))) <= 5
 
+    def test_a_schedule_holds_each_size_until_the_next(self):
+        rule = Schedule([0, 1000, 5000], np.array([2, 8, 4]))
+        found = [self.steps(rule, seen=seen).accumulation_steps for seen in (0, 999.5, 1000, 4999, 5000, 1e9)]
+        assert found == [2, 2, 8, 8, 4, 4]
+        assert rule == Schedule((0.0, 1000.0, 5000.0), (2, 8, 4))
+
     def test_open_loop_is_bound_by_size_not_by_speed(self):
         assert self.steps(Replay([1, 64]), window=1, k=1).accumulation_steps == 64
 
@@ -285,6 +571,49 @@ REFUSED = [
     (lambda: Ramp(1, 4, 10, shape="cosine"), r"shape must be one of \('linear', .*got shape = 'cosine'"),
     (lambda: Ramp(1, 4, 10, shape="staircase"), r"stairs must be given for shape 'staircase' and only there, got"),
     (lambda: Ramp(1, 4, 10, stairs=3), r"stairs must be given .* got stairs = 3 with shape = 'linear'"),
+    (lambda: Ramp(2, 8, 10, shape="increments"), r"increment must be given for shape 'increments' and only there, got"),
+    (lambda: Ramp(2, 8, 10, increment=2), r"increment must be given .* got increment = 2 with shape = 'linear'"),
+    (
+        lambda: Ramp(2, 8, 10, shape="increments", increment=4),
+        r"increment must divide stop - start, got increment = 4 with start = 2, stop = 8; shape 'staircase' takes",
+    ),
+    (lambda: Ramp(2, 8, 10, shape="increments", increment=0), r"increment must be a whole number of at least 1, got"),
+    (lambda: Schedule([0, 5], [2]), r"examples and accumulation_steps must have one length of at least 1, got 2 and 1"),
+    (lambda: Schedule([], []), r"one length of at least 1, got 0 and 0 entries; each size needs the examples"),
+    (lambda: Schedule([1], [2]), r"examples must begin with 0, got examples\[0\] = 1; the first size holds from"),
+    (lambda: Schedule([0, 5, 5], [1, 2, 3]), r"examples must increase and be finite, got examples\[2\] = 5 after 5"),
+    (lambda: Schedule([0, math.nan], [1, 2]), r"examples must increase and be finite, got examples\[1\] = nan after 0"),
+    (lambda: Schedule([0, 5], [1, 0]), r"accumulation_steps\[1\] must be a whole number of at least 1, got"),
+    (lambda: Seesaw(2, []), r"milestones must hold at least one entry, got none; Fixed\(start\)"),
+    (lambda: Seesaw(2, [0, 5]), r"milestones\[0\] must be positive and finite, got milestones\[0\] = 0; start holds"),
+    (lambda: Seesaw(2, [5, 3]), r"milestones must increase and be finite, got milestones\[1\] = 3 after 5"),
+    (lambda: Seesaw(2, [5], decay=1.0), r"decay must be in \(0, 1\), got decay = 1.0; 0.5 halves the rate"),
+    (lambda: Seesaw(0, [5]), r"start must be a whole number of at least 1, got start = 0"),
+    (lambda: NormTest(theta=0.0), r"theta must be positive and finite, got theta = 0.0; 0.5 wants an error of half"),
+    (lambda: InnerProductTest(theta=-1.0), r"theta must be positive and finite, got theta = -1.0; 0.9 is the paper's"),
+    (lambda: InnerProductTest(nu=0.0), r"nu must be positive and finite, got nu = 0.0; None switches the orthogonal"),
+    (lambda: CosineSimilarity(target=1.0), r"target must be in \(0, 1\), got target = 1.0; 0.75 is a relative error"),
+    (lambda: CosineSimilarity(factor=2.0), r"factor must be in \(1, 2\), got factor = 2.0; 1.1 moves by a tenth"),
+    (lambda: NoiseScale(memory=0.0), r"memory must be positive and finite, got memory = 0.0; None takes max"),
+    (lambda: Pareto(price=-1.0), r"price must be positive and finite, got price = -1.0; c0 / c1 for a window"),
+    (lambda: Pareto(1.0, memory=math.inf), r"memory must be positive and finite, got memory = inf; None takes"),
+    (lambda: Goodput(0), r"initial_batch must be positive and finite, got initial_batch = 0; the batch that"),
+    (lambda: Goodput(8, step_seconds=-1.0), r"step_seconds must be positive and finite, got step_seconds = -1.0; None"),
+    (lambda: Goodput(8, example_seconds=0.0), r"example_seconds must be positive and finite, got example_seconds = 0"),
+    (lambda: Goodput(8, improvement=0.9), r"improvement must be finite and at least 1, got improvement = 0.9; 1.05 is"),
+    (lambda: CABS(scale=0.0), r"scale must be positive and finite, got scale = 0.0; 1.0 is the paper's"),
+    (lambda: CABS(loss_floor=math.inf), r"loss_floor must be finite, got loss_floor = inf; 0.0 for cross-entropy"),
+    (lambda: DiveBatch(0.0, 100), r"delta must be positive and finite, got delta = 0.0; 1.0 takes the diversity"),
+    (lambda: DiveBatch(1.0, math.inf), r"epoch_examples must be positive and finite, got epoch_examples = inf; len"),
+    (
+        lambda: RelativeStandardError(channel="mean"),
+        r"channel must be one of \('typical', 'pooled'\), got channel = 'm",
+    ),
+    (lambda: RelativeStandardError(at_floor="stop"), r"at_floor must be one of \('grow', 'hold'\), got at_floor = 'st"),
+    (lambda: Guard(skip_ratio=1.0), r"skip_ratio must be finite and above 1, got skip_ratio = 1.0; 100 is ten times"),
+    (lambda: Guard(max_skips=-1), r"max_skips must be a whole number of at least 0, got max_skips = -1"),
+    (lambda: Guard(max_skips=True), r"max_skips must be a whole number of at least 0, got max_skips = True"),
+    (lambda: Guard(hold=0.0), r"hold must be positive and finite, got hold = 0.0; None takes ten half-lives"),
     (lambda: Limits(min_steps=0), r"min_steps must be a whole number of at least 1, got min_steps = 0"),
     (lambda: Limits(max_steps=0), r"max_steps must be a whole number of at least 1, got max_steps = 0"),
     (

@@ -1,0 +1,101 @@
+"""Why ``k`` is what it is, in three sentences for a person. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from adaptbatch import noise
+from adaptbatch.records import Decision, Evidence, Progress
+from adaptbatch.rules import Limits, Rule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Windows that the third sentence looks back on.
+RECENT = 100
+
+_WHY = {
+    "hold": "the error is within what the rule wants at this size, and a smaller one is not proven to be enough",
+    "grow": "the evidence says that this size is too noisy, and the next one is enough",
+    "shrink": "the evidence says that the next smaller size is still quiet enough",
+    "at_max": "the rule wants more and max_steps does not allow it",
+    "at_min": "the rule wants less and min_steps does not allow it",
+    "growth_limited": "the target is farther than max_growth allows in one move",
+    "undecided": "the evidence does not tell yet, or the dead time after a change is not over",
+    "signal_lost": "the squared length of the gradient cannot be told from zero",
+    "noise_floor": "the noise scale rises with the batch and no size is ever enough: lower the learning rate",
+    "nonfinite": "the last window had no finite gradient",
+    "guard": "gradients ten times longer than usual were seen at half this size, which no sampling error explains",
+}
+
+
+def explain(
+    rule: Rule, evidence: Evidence, progress: Progress, decision: Decision, limits: Limits, rows: pd.DataFrame
+) -> str:
+    """Three sentences: what was measured, what was decided and why, what to be careful about.
+
+    Args:
+        rule: That decided.
+        evidence: It decided on.
+        progress: After the decision.
+        decision: The last one.
+        limits: Resolved ones.
+        rows: The history, for the share of windows at the limits.
+
+    Example:
+        >>> import pandas as pd
+        >>> from adaptbatch import Fixed
+        >>> at = Progress(accumulation_steps=2, cell_examples=64.0, examples_seen=0.0)
+        >>> text = explain(Fixed(2), Evidence(), at, Decision(2, 128.0, "hold"), Limits(1), pd.DataFrame())
+        >>> print(text.split(". ")[0])
+        No window has told anything about the noise yet
+    """
+    parts = _measured(evidence, progress), _decided(rule, decision, progress), _careful(evidence, limits, rows)
+    return " ".join(parts)
+
+
+def _measured(evidence: Evidence, progress: Progress) -> str:
+    pooled, typical = evidence.pooled, evidence.typical
+    if not pooled.effective_windows > 0.0:
+        return "No window has told anything about the noise yet."
+    low, high = noise.noise_scale_interval(pooled)
+    text = (
+        f"After {progress.examples_seen:,.0f} examples the noise scale is {_size(noise.noise_scale(pooled))} "
+        f"(95 %: {_size(low)} to {_size(high)})"
+    )
+    if typical.effective_windows > 0.0:
+        text += f", that of an ordinary window {_size(noise.noise_scale(typical))}"
+    error = noise.relative_error(typical if typical.effective_windows > 0.0 else pooled, progress.global_batch)
+    return f"{text}, and a batch of {_size(progress.global_batch)} has a relative standard error of {error:.2f}."
+
+
+def _decided(rule: Rule, decision: Decision, progress: Progress) -> str:
+    return (
+        f"{type(rule).__name__} takes {progress.accumulation_steps} micro-batches (target "
+        f"{_size(decision.target_batch)} examples, reason {decision.reason}): {_WHY[decision.reason]}."
+    )
+
+
+def _careful(evidence: Evidence, limits: Limits, rows: pd.DataFrame) -> str:
+    cautions = []
+    recent = rows.tail(RECENT)
+    if len(recent):
+        for name, bound in (("max_steps", limits.max_steps), ("min_steps", limits.lower)):
+            share = float((recent["accumulation_steps"] == bound).mean())
+            if share > 0.5:
+                cautions.append(f"{share:.0%} of the last {len(recent)} windows stood at {name} = {bound}")
+    if evidence.tail.share > 0.5:
+        cautions.append(f"{evidence.tail.share:.0%} of the pooled variance sits in windows far above the usual one")
+    if math.isfinite(evidence.tail.episode_examples):
+        ago = evidence.tail.episode_examples
+        cautions.append(f"the last gradient beyond ten times the usual length came {ago:,.0f} examples ago")
+    if evidence.response.phase < -2.0:
+        cautions.append("consecutive gradients point against each other, as at a noise floor")
+    return f"Mind that {'; '.join(cautions)}." if cautions else "Nothing speaks against it."
+
+
+def _size(examples: float) -> str:
+    if math.isnan(examples):
+        return "unknown"
+    return "unbounded" if math.isinf(examples) else f"{examples:,.0f}"

@@ -1,0 +1,113 @@
+r"""Does the noise scale rise because the batch did? The response of the gradient to a growing batch. Floats only.
+
+At the noise floor of a fixed learning rate the parameters jitter until ``tr(Sigma) / (n |G|^2)`` has the value that the
+rate dictates: a larger batch quiets the gradient and shrinks it alike, and no size is ever large enough. Two signs
+tell: the elasticity of ``B`` to ``n``, which costs nothing, and the inner product of consecutive gradients, which
+turns negative there and costs a copy of the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from typing import Any, Self
+
+from adaptbatch.records import NoiseEstimate
+
+# A size of the climb counts once it has this many windows, and the climb once the sizes span this factor.
+RUNG_WINDOWS = 8
+CLIMB_FACTOR = 4.0
+# Sizes smaller than the present one by more than this factor are of another time.
+KEPT_FACTOR = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """The moments of the windows of one number of accumulation steps."""
+
+    steps: float
+    batch: float
+    windows: float
+    noise_trace: float
+    grad_sq_norm: float
+
+    @property
+    def noise_scale(self) -> float:
+        """``B`` at this size; infinite when the signal is lost."""
+        return self.noise_trace / self.grad_sq_norm if self.grad_sq_norm > 0.0 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """Follows the noise scale from size to size while the batch grows: does ``B`` rise *because* the batch did?
+
+    At the noise floor of a fixed learning rate ``|G|^2`` falls as ``1/n`` and ``B / n`` stays: the *elasticity*
+    ``d ln B / d ln n`` between the sizes of one climb is 1, and no size is ever large enough. A noise scale that rises
+    by itself is caught up with: its ``B / n`` returns to ``theta^2`` at every size.
+
+    Source:
+        Mandt, Hoffman & Blei 2017, arXiv:1704.04289 (the stationary distribution of SGD at a fixed rate).
+
+    Example:
+        >>> climb = Climb()
+        >>> for n in (64.0, 128.0, 256.0):
+        ...     for _ in range(20):
+        ...         climb = climb.update(NoiseEstimate(1.0 / n, 6.0, degrees_of_freedom=1.0), steps=n / 32, batch=n)
+        >>> round(climb.elasticity(), 6), round(climb.least_error_sq(), 6)
+        (1.0, 6.0)
+    """
+
+    rungs: tuple[Rung, ...] = ()
+
+    def update(self, pair: NoiseEstimate, steps: float, batch: float) -> Climb:
+        """One finite, full window later; fewer ``steps`` than before begin another climb.
+
+        Args:
+            pair: The window's own estimate.
+            steps: Its accumulation steps, as decided.
+            batch: Its examples.
+        """
+        if pair.degrees_of_freedom == 0.0:
+            return self
+        top = self.rungs[-1] if self.rungs else None
+        if top is None or steps != top.steps:
+            below = self.rungs if top is not None and steps > top.steps else ()
+            kept = tuple(rung for rung in below if rung.steps * KEPT_FACTOR >= steps)
+            return Climb((*kept, Rung(float(steps), batch, 1.0, pair.noise_trace, pair.grad_sq_norm)))
+        n = top.windows + 1.0
+        merged = Rung(
+            top.steps,
+            top.batch + (batch - top.batch) / n,
+            n,
+            top.noise_trace + (pair.noise_trace - top.noise_trace) / n,
+            top.grad_sq_norm + (pair.grad_sq_norm - top.grad_sq_norm) / n,
+        )
+        return Climb((*self.rungs[:-1], merged))
+
+    def elasticity(self) -> float:
+        """``ln(B_last / B_first) / ln(n_last / n_first)`` of the climb; NaN while it spans less than a factor of 4."""
+        rungs = self._known()
+        if len(rungs) < 3 or rungs[-1].batch < CLIMB_FACTOR * rungs[0].batch:
+            return math.nan
+        first, last = rungs[0], rungs[-1]
+        if not (first.noise_scale > 0.0 and last.noise_scale > 0.0):
+            return math.nan
+        if math.isinf(last.noise_scale):
+            return math.inf if math.isfinite(first.noise_scale) else math.nan
+        return math.log(last.noise_scale / first.noise_scale) / math.log(last.batch / first.batch)
+
+    def least_error_sq(self) -> float:
+        """Smallest ``B / n`` of its sizes; NaN before there is one."""
+        return min((rung.noise_scale / rung.batch for rung in self._known()), default=math.nan)
+
+    def _known(self) -> list[Rung]:
+        return [rung for rung in self.rungs if rung.windows >= RUNG_WINDOWS]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain floats and lists, for a checkpoint."""
+        return {"rungs": [list(astuple(rung)) for rung in self.rungs]}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The climb whose :meth:`state_dict` this is."""
+        return cls(rungs=tuple(Rung(*(float(value) for value in rung)) for rung in state["rungs"]))

@@ -1,0 +1,101 @@
+"""Copies of gradients, for the two measurements that squared norms cannot give; made only where they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class WindowGradients:
+    """Keeps what ``.grad`` was after each micro-batch of a window: ``K`` copies of the gradient.
+
+    Example:
+        Two micro-batches of one example, gradients (2, 0) and (0, 2), mean (1, 1): each has half its square along it.
+
+        >>> weight = Parameter(torch.zeros(2))
+        >>> kept = WindowGradients()
+        >>> weight.grad = torch.tensor([2.0, 0.0])
+        >>> kept.add([weight], weight=1.0)
+        >>> weight.grad = torch.tensor([2.0, 2.0])
+        >>> kept.add([weight], weight=1.0)
+        >>> weight.grad = torch.tensor([1.0, 1.0])
+        >>> kept.radial_sq_norms([weight], reference=1.0).item()
+        4.0
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[list[Tensor | None]] = []
+        self._weights: list[float] = []
+
+    def add(self, parameters: Sequence[Parameter], weight: float) -> None:
+        """Copy the gradient accumulated so far, after a micro-batch of ``weight``."""
+        self._sums.append([None if p.grad is None else _dense(p.grad).clone() for p in parameters])
+        self._weights.append(weight)
+
+    def radial_sq_norms(self, parameters: Sequence[Parameter], reference: float) -> Tensor:
+        """``sum_c w_c <g_c, g>^2 / |g|^2`` with ``g`` the normalised mean in ``.grad``; a float64 scalar on the device.
+
+        Args:
+            parameters: Those that were given to :meth:`add`.
+            reference: What the accumulated sums are to be multiplied by to become sums over examples.
+        """
+        mean = [None if p.grad is None else _dense(p.grad) for p in parameters]
+        ahead = torch.stack([inner_product(sums, mean) for sums in self._sums]) * reference
+        # <w_c g_c, g>, from sums that hold all micro-batches so far.
+        own = torch.diff(ahead, prepend=ahead.new_zeros(1))
+        weights = torch.tensor(self._weights, dtype=own.dtype, device=own.device)
+        return (own.square() / weights).sum() / inner_product(mean, mean)
+
+
+class PreviousGradient:
+    """The gradient of the window before: one copy.
+
+    Example:
+        >>> weight, previous = Parameter(torch.zeros(1)), PreviousGradient()
+        >>> weight.grad = torch.tensor([3.0])
+        >>> previous.product([weight]) is None
+        True
+        >>> previous.product([weight]).item()
+        9.0
+    """
+
+    def __init__(self) -> None:
+        self._gradients: list[Tensor | None] = []
+
+    def product(self, parameters: Sequence[Parameter]) -> Tensor | None:
+        """``<g, g'>`` of the gradients in ``.grad`` and those at the last call, which they replace; None at the first.
+
+        Also None where the parameters are others than they were.
+        """
+        present = [None if p.grad is None else _dense(p.grad) for p in parameters]
+        known = [None if g is None else g.shape for g in self._gradients] == [
+            None if g is None else g.shape for g in present
+        ]
+        value = inner_product(self._gradients, present) if known else None
+        self._gradients = [None if g is None else g.clone() for g in present]
+        return value
+
+    def forget(self) -> None:
+        """As before the first call."""
+        self._gradients = []
+
+
+@torch.no_grad()
+def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+    """``sum_i <a_i, b_i>`` over the pairs that both exist, in float64 where the device has it."""
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    dots = [torch.dot(_wide(x).flatten(), _wide(y).flatten()) for x, y in pairs]
+    first = dots[0].device
+    wide = torch.float32 if first.type == "mps" else torch.float64
+    return torch.stack([dot.to(first, wide) for dot in dots]).sum()
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.detach().to_dense() if grad.is_sparse else grad.detach()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

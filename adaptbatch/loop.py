@@ -1,0 +1,240 @@
+"""All that is known between two windows, as one pure value: what the controller holds and the simulator runs.
+
+``counted`` takes note of a finished window, ``heard`` pools what was measured in it, ``decided`` asks the rule. Floats
+only, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+from adaptbatch import noise
+from adaptbatch.floor import Climb
+from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Response
+from adaptbatch.rules import Guard, Limits, Rule, decide
+from adaptbatch.tails import TypicalTracker
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One finished window's numbers, when they have reached the host.
+
+    Attributes:
+        measurement: Squared norms, Euclidean.
+        in_metric: The same in the optimizer's metric; None without one, or while it is not warm.
+        loss: Weighted mean loss.
+        lr: Learning rate as applied.
+        steps: Its accumulation steps, 0 for a window that the end of the data cut short; None: its cells.
+    """
+
+    measurement: Measurement
+    in_metric: Measurement | None = None
+    loss: float = math.nan
+    lr: float = math.nan
+    steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """The state of a training loop between two windows: progress, the channels of evidence, the last change.
+
+    Attributes:
+        progress: Where the training stands; ``accumulation_steps`` is the size of the window to come.
+        pooled: Euclidean moments.
+        metric: Moments in the optimizer's metric, for the decision once there are any.
+        typical: The typical and the tail channel, in the metric of the decision.
+        climb: The response to growing.
+        products: Inner products of consecutive gradients, each in units of its window's own ``Q / n``.
+        window: The last finite window, in the metric of the decision.
+        changed_at: Examples seen when ``k`` last changed.
+        loss_sum, loss_weight: Decayed sums over windows.
+        lr: Of the last window heard.
+        seconds_each: Decayed sums of windows, examples, step seconds and other seconds.
+
+    Example:
+        >>> from adaptbatch import RelativeStandardError
+        >>> loop = Loop(Progress(accumulation_steps=2))
+        >>> window = Measurement(weighted_sq_norms=640.0, batch_sq_norm=4.0, global_batch=128.0, cells=2)
+        >>> loop = loop.counted(window.global_batch, cells=2).heard(Heard(window), memory=1e5)
+        >>> loop, decision = loop.decided(RelativeStandardError(), Limits())
+        >>> decision.accumulation_steps, decision.reason, loop.progress.examples_seen
+        (2, 'undecided', 128.0)
+    """
+
+    progress: Progress
+    pooled: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
+    metric: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
+    typical: TypicalTracker = field(default_factory=TypicalTracker)
+    climb: Climb = field(default_factory=Climb)
+    products: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
+    window: Measurement | None = None
+    changed_at: float = -math.inf
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+    lr: float = math.nan
+    seconds_each: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+
+    def counted(
+        self,
+        global_batch: float,
+        cells: int,
+        largest: float = math.nan,
+        finite: bool = True,
+        step_seconds: float = 0.0,
+        seconds: float = 0.0,
+    ) -> Loop:
+        """The loop after a window of ``cells`` micro-batches, before its numbers are pooled.
+
+        Args:
+            global_batch: Its weights' sum [examples].
+            cells: Its micro-batches; fewer than were decided where the data ended.
+            largest: Weight of the largest of them.
+            finite: Whether all gradients that arrived were finite.
+            step_seconds: Time of the optimizer's step [s].
+            seconds: Time of the rest [s].
+        """
+        at = self.progress
+        seen = at.examples_seen + global_batch
+        # The end of the data cuts a window short, or a micro-batch: neither says that micro-batches are smaller now.
+        cut = cells < at.accumulation_steps or largest == at.cell_examples
+        known = not math.isnan(at.cell_examples)
+        progress = replace(
+            at,
+            window=at.window + 1,
+            examples_seen=seen,
+            cell_examples=at.cell_examples if cut and known else global_batch / cells,
+            examples_since_change=seen - self.changed_at,
+            finite=finite,
+        )
+        each = (1.0, global_batch, step_seconds, seconds)
+        kept = 2.0 ** (-1.0 / 100.0)
+        times = tuple(kept * old + new for old, new in zip(self.seconds_each, each, strict=True))
+        return replace(self, progress=progress, seconds_each=times)
+
+    def memory(self, rule: Rule) -> float:
+        """Half-life of the evidence for the window just counted [examples]."""
+        return noise.memory_examples(rule.memory, self.progress.cell_examples, self.progress.global_batch)
+
+    def heard(self, window: Heard, memory: float) -> Loop:
+        """The loop with one finite window's numbers pooled."""
+        population, euclidean = self.progress.population, window.measurement
+        n = euclidean.global_batch
+        pooled = self.pooled.update(noise.estimate(euclidean, population), n, memory)
+        decay = 2.0 ** (-n / memory)
+        loop = replace(
+            self,
+            pooled=pooled,
+            loss_sum=decay * self.loss_sum + n * window.loss,
+            loss_weight=decay * self.loss_weight + n,
+            lr=window.lr,
+        )._phased(euclidean, memory)
+        if window.in_metric is None:
+            return loop._weighed(window, euclidean, memory)
+        if self.metric.weight == 0.0:
+            # Another unit: what was known in the old one does not carry over.
+            loop = replace(loop, typical=TypicalTracker(), climb=Climb())
+        pair = noise.estimate(window.in_metric, population)
+        return replace(loop, metric=loop.metric.update(pair, n, memory))._weighed(window, window.in_metric, memory)
+
+    def spoiled(self, batch: float) -> Loop:
+        """The loop after a window of ``batch`` examples without a finite gradient, where a guard counts it."""
+        return replace(self, typical=self.typical.exceeded(batch))
+
+    def _weighed(self, heard: Heard, window: Measurement, memory: float) -> Loop:
+        """The channels of the decision, one window later."""
+        pair = noise.estimate(window, self.progress.population)
+        steps = window.cells if heard.steps is None else heard.steps
+        return replace(
+            self,
+            typical=self.typical.update(pair, window, memory),
+            climb=self.climb.update(pair, steps, window.global_batch) if steps else self.climb,
+            window=window,
+        )
+
+    def _phased(self, window: Measurement, memory: float) -> Loop:
+        """The phase one window later, each product in units of its own window: the sign is what counts."""
+        unit = window.weighted_sq_norms / window.global_batch
+        if not (unit > 0.0 and math.isfinite(window.consecutive_product)):
+            return self
+        product = NoiseEstimate(window.consecutive_product / unit, 0.0, degrees_of_freedom=1.0)
+        return replace(self, products=self.products.update(product, window.global_batch, memory))
+
+    def evidence(self) -> Evidence:
+        """All that a rule may know."""
+        windows, examples, step_seconds, seconds = self.seconds_each
+        decisive = self.metric if self.metric.weight > 0.0 else self.pooled
+        return Evidence(
+            pooled=decisive.estimate(),
+            typical=self.typical.estimate(),
+            tail=self.typical.tail(),
+            response=Response(self.climb.elasticity(), self.climb.least_error_sq(), self.phase()),
+            window=self.window,
+            loss=self.loss_sum / self.loss_weight if self.loss_weight > 0.0 else math.nan,
+            lr=self.lr,
+            step_seconds=step_seconds / windows if windows > 0.0 else math.nan,
+            example_seconds=seconds / examples if examples > 0.0 else math.nan,
+        )
+
+    def phase(self) -> float:
+        """Mean of ``<g_t, g_{t-1}>`` in its standard errors; NaN before eight windows of it."""
+        pair = self.products.estimate()
+        if not (pair.effective_windows >= 8.0 and pair.var_grad_sq_norm > 0.0):
+            return math.nan
+        return pair.grad_sq_norm / math.sqrt(pair.var_grad_sq_norm)
+
+    def decided(self, rule: Rule, limits: Limits, guard: Guard | None = None) -> tuple[Loop, Decision]:
+        """The loop with the next window's size, and why it has it."""
+        decision = decide(rule, self.evidence(), self.progress, limits, guard)
+        changed = decision.accumulation_steps != self.progress.accumulation_steps
+        progress = replace(self.progress, accumulation_steps=decision.accumulation_steps)
+        at = self.progress.examples_seen if changed else self.changed_at
+        return replace(self, progress=progress, changed_at=at), decision
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and dictionaries, for a checkpoint."""
+        state = {item.name: getattr(self, item.name) for item in fields(self)}
+        for name in _TRACKERS:
+            state[name] = state[name].state_dict()
+        window = None if self.window is None else asdict(self.window)
+        return state | {
+            "progress": asdict(self.progress),
+            "window": window,
+            "seconds_each": list(self.seconds_each),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The loop whose :meth:`state_dict` this is.
+
+        Raises:
+            ValueError: If a key is unknown or missing, at any depth.
+        """
+        require_keys("state", state, (item.name for item in fields(cls)))
+        values = dict(state)
+        for name, kind in _TRACKERS.items():
+            require_keys(f"state[{name!r}]", state[name], kind().state_dict())
+            values[name] = kind.from_state_dict(state[name])
+        require_keys("state['progress']", state["progress"], asdict(Progress()))
+        values["progress"] = Progress(**state["progress"])
+        values["window"] = None if state["window"] is None else Measurement(**state["window"])
+        values["seconds_each"] = tuple(float(value) for value in state["seconds_each"])
+        return cls(**values)
+
+
+_TRACKERS: dict[str, Any] = {
+    "pooled": noise.NoiseTracker,
+    "metric": noise.NoiseTracker,
+    "typical": TypicalTracker,
+    "climb": Climb,
+    "products": noise.NoiseTracker,
+}
+
+
+def require_keys(name: str, given: dict[str, Any], expected: Iterable[str]) -> None:
+    """Refuse a dictionary with other keys than ``expected``, by name."""
+    unknown, missing = sorted(given.keys() - set(expected)), sorted(set(expected) - given.keys())
+    if unknown or missing:
+        raise ValueError(f"{name} must have exactly the known keys, got unknown {unknown} and missing {missing}.")

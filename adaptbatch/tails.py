@@ -1,0 +1,134 @@
+r"""The two channels beside the pooled moments: what an ordinary window says, and how far the others stand out.
+
+Where a gradient's scale wanders over decades, a few windows hold nearly all of the pooled sum of squares, and with it
+the decision. So each window's pair is divided by a *level* that was known before it, the running median of
+``Q / n = |G|^2 + tr(Sigma) / b``, whose expectation does not depend on the number of micro-batches, and bounded::
+
+    (s_t, g_t) = (tr(Sigma)_t, |G|^2_t) / max(m_t, (Q/n)_t / BOUND)
+
+Pooled, these are the *typical* channel. Both parts take the same factor, so their ratio remains a noise scale, and no
+window weighs more than ``BOUND`` ordinary ones. What is cut off is the *tail* channel. Floats only, no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+from adaptbatch.noise import NoiseTracker
+from adaptbatch.records import Measurement, NoiseEstimate, Tail
+
+# Windows whose median is the level; fewer than LEVEL_LEAST of them are none.
+LEVEL_WINDOWS = 64
+LEVEL_LEAST = 8
+# Of Gaussian windows with few dimensions one in a million is this far above the median: they are never cut.
+BOUND = 10.0
+# A gradient ten times longer than usual: no sampling noise does that.
+EXCEEDANCE = 100.0
+# Exceedances this soon after an episode began belong to it: the optimizer is still digesting the first.
+EPISODE_WINDOWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TypicalTracker:
+    """Pools windows on the scale of the usual gradient, and keeps account of those that leave it.
+
+    A value: :meth:`update` returns the next one.
+
+    Example:
+        Thirty windows alike, then one whose gradients are a thousand times longer:
+
+        >>> tracker = TypicalTracker()
+        >>> for scale in [1.0] * 30 + [1e6]:
+        ...     pair = NoiseEstimate(scale * 2.0, scale * 50.0, degrees_of_freedom=3.0)
+        ...     window = Measurement(scale * 640.0, scale * 4.0, global_batch=128.0, cells=4)
+        ...     tracker = tracker.update(pair, window, memory=1e5)
+        >>> pooled, tail = tracker.estimate(), tracker.tail()
+        >>> round(pooled.noise_trace / pooled.grad_sq_norm, 6), round(tail.excess), round(tail.share, 3)
+        (25.0, 1000000, 1.0)
+        >>> tail.episode_batch, tail.episode_examples
+        (128.0, 0.0)
+    """
+
+    pooled: NoiseTracker = field(default_factory=NoiseTracker)
+    recent: tuple[float, ...] = ()
+    trace_sum: float = 0.0
+    cut_sum: float = 0.0
+    excess: float = math.nan
+    episode_batch: float = math.nan
+    episode_examples: float = math.inf
+    episode_windows: float = math.inf
+
+    @property
+    def level(self) -> float:
+        """Median of the last windows' ``Q / n`` [g^2]; NaN while there are fewer than eight."""
+        return statistics.median(self.recent) if len(self.recent) >= LEVEL_LEAST else math.nan
+
+    def update(self, pair: NoiseEstimate, window: Measurement, memory: float) -> TypicalTracker:
+        """The tracker one finite window later.
+
+        Args:
+            pair: The window's own estimate; without a degree of freedom it enters the level only.
+            window: Its squared norms.
+            memory: Half-life [examples].
+        """
+        own = window.weighted_sq_norms / window.global_batch
+        level = self.level
+        excess = own / level if level > 0.0 else math.nan
+        aged = replace(
+            self,
+            recent=(*self.recent, own)[-LEVEL_WINDOWS:],
+            excess=excess,
+            episode_examples=self.episode_examples + window.global_batch,
+            episode_windows=self.episode_windows + 1.0,
+        )
+        if excess > EXCEEDANCE:
+            aged = aged._exceeded(window.global_batch)
+        return aged._pooled(pair, own, level, window.global_batch, memory)
+
+    def exceeded(self, batch: float) -> TypicalTracker:
+        """The tracker after a window of ``batch`` examples that had no finite gradient: an exceedance of its own."""
+        return replace(self, excess=math.inf)._exceeded(batch)
+
+    def estimate(self) -> NoiseEstimate:
+        """The typical pair, in units of the level."""
+        return self.pooled.estimate()
+
+    def tail(self) -> Tail:
+        """What stood out."""
+        share = self.cut_sum / self.trace_sum if self.trace_sum > 0.0 else math.nan
+        return Tail(self.excess, share, self.episode_batch, self.episode_examples)
+
+    def _exceeded(self, batch: float) -> TypicalTracker:
+        if self.episode_windows <= EPISODE_WINDOWS:
+            return replace(self, episode_examples=0.0)
+        return replace(self, episode_batch=batch, episode_examples=0.0, episode_windows=0.0)
+
+    def _pooled(self, pair: NoiseEstimate, own: float, level: float, batch: float, memory: float) -> TypicalTracker:
+        decay = 2.0 ** (-batch / memory)
+        # The first windows are their own level: bounded to what one window may weigh, whatever its scale.
+        unit = max(level, own / BOUND) if level > 0.0 else own
+        if not unit > 0.0:
+            return self
+        scaled = replace(pair, noise_trace=pair.noise_trace / unit, grad_sq_norm=pair.grad_sq_norm / unit)
+        sums = pair.degrees_of_freedom * max(pair.noise_trace, 0.0) if pair.degrees_of_freedom else 0.0
+        cut = 1.0 - level / unit if level > 0.0 else 0.0
+        return replace(
+            self,
+            pooled=self.pooled.update(scaled, batch, memory),
+            trace_sum=decay * self.trace_sum + sums,
+            cut_sum=decay * self.cut_sum + cut * sums,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain floats and lists, for a checkpoint."""
+        return asdict(self) | {"recent": list(self.recent)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The tracker whose :meth:`state_dict` this is."""
+        values = {name: float(value) for name, value in state.items() if name not in ("pooled", "recent")}
+        recent = tuple(float(value) for value in state["recent"])
+        return cls(pooled=NoiseTracker.from_state_dict(state["pooled"]), recent=recent, **values)

@@ -1,0 +1,131 @@
+"""loop.py: the state between two windows; the controller and the simulator hold the same value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptbatch import Fixed, Limits, Measurement, NoiseTracker, Progress, RelativeStandardError, noise
+from adaptbatch.loop import Heard, Loop
+
+MEMORY = 5_000.0
+
+
+def window(rng: np.random.Generator, cells: int = 4, batch: float = 32.0, scale: float = 1.0) -> Measurement:
+    g = 1.0 + rng.normal(size=(cells, 10))
+    mean = g.mean(axis=0)
+    return Measurement(scale * float((g**2).sum()) * batch / cells, scale * float(mean @ mean), batch, cells)
+
+
+def filled(windows: int = 40, metric_from: int | None = None) -> Loop:
+    rng, loop = np.random.default_rng(0), Loop(Progress(accumulation_steps=4))
+    for t in range(windows):
+        euclidean = window(rng)
+        inside = window(rng, scale=1e3) if metric_from is not None and t >= metric_from else None
+        loop = loop.counted(32.0, 4).heard(Heard(euclidean, inside, loss=1.0 / (t + 1), lr=0.1), MEMORY)
+    return loop
+
+
+class TestCounting:
+    def test_a_window_is_counted(self):
+        loop = Loop(Progress(accumulation_steps=4)).counted(64.0, 4)
+        assert (loop.progress.window, loop.progress.examples_seen, loop.progress.cell_examples) == (1, 64.0, 16.0)
+
+    def test_a_partial_window_does_not_shrink_the_micro_batch(self):
+        loop = Loop(Progress(accumulation_steps=4)).counted(64.0, 4).counted(20.0, 2)
+        assert loop.progress.cell_examples == 16.0
+
+    def test_nor_does_a_short_micro_batch_inside_a_full_one(self):
+        """The last of an epoch, in the middle of a window."""
+        loop = Loop(Progress(accumulation_steps=4)).counted(64.0, 4, largest=16.0)
+        assert loop.counted(16.0 * 3 + 5.0, 4, largest=16.0).progress.cell_examples == 16.0
+        assert loop.counted(4 * 8.0, 4, largest=8.0).progress.cell_examples == 8.0
+
+    def test_the_clock_of_a_change_starts_with_it(self):
+        rule, loop = Fixed(8), Loop(Progress(accumulation_steps=4)).counted(64.0, 4)
+        loop, decision = loop.decided(rule, Limits())
+        assert (decision.accumulation_steps, loop.changed_at) == (8, 64.0)
+        assert loop.counted(128.0, 8).progress.examples_since_change == 128.0
+
+    def test_seconds_are_split_into_the_step_and_the_rest(self):
+        loop = Loop(Progress(accumulation_steps=2))
+        for _ in range(50):
+            loop = loop.counted(64.0, 2, step_seconds=0.5, seconds=3.2)
+        evidence = loop.evidence()
+        assert evidence.step_seconds == pytest.approx(0.5)
+        assert evidence.example_seconds == pytest.approx(3.2 / 64)
+
+
+class TestEvidence:
+    def test_pooled_moments_are_those_of_the_tracker(self):
+        rng, tracker = np.random.default_rng(0), NoiseTracker()
+        for _ in range(40):
+            tracker = tracker.update(noise.estimate(window(rng)), 32.0, MEMORY)
+        assert filled().evidence().pooled == tracker.estimate()
+
+    def test_the_optimizers_metric_takes_over_when_it_is_warm(self):
+        loop = filled(windows=40, metric_from=25)
+        assert loop.evidence().pooled == loop.metric.estimate()
+        assert loop.evidence().pooled.effective_windows == pytest.approx(15, rel=0.01)
+        assert loop.pooled.estimate().effective_windows > 35
+        # What was known in the other unit is gone from the channels too.
+        assert len(loop.typical.recent) == 15
+        assert max(loop.typical.recent) / min(loop.typical.recent) < 10
+
+    def test_the_loss_is_a_decayed_mean(self):
+        losses = [1.0 / (t + 1) for t in range(40)]
+        weights = [2.0 ** (-(39 - t) * 32.0 / MEMORY) for t in range(40)]
+        assert filled().evidence().loss == pytest.approx(np.average(losses, weights=weights))
+
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_the_phase_has_the_sign_of_the_products(self, sign):
+        rng, loop = np.random.default_rng(0), Loop(Progress(accumulation_steps=4))
+        for _ in range(60):
+            heard = replace(window(rng), consecutive_product=sign * (1.0 + 0.5 * rng.standard_normal()))
+            loop = loop.counted(32.0, 4).heard(Heard(heard), MEMORY)
+        assert sign * loop.phase() > 5.0
+
+    def test_a_window_cut_short_is_no_size_of_the_climb(self):
+        loop = filled()
+        short = replace(window(np.random.default_rng(1)), global_batch=8.0)
+        assert loop.counted(8.0, 1).heard(Heard(short, steps=0), MEMORY).climb == loop.climb
+        assert loop.counted(32.0, 4).heard(Heard(window(np.random.default_rng(1))), MEMORY).climb != loop.climb
+
+    def test_no_phase_without_products(self):
+        assert math.isnan(filled().phase())
+
+
+class TestState:
+    @given(windows=st.integers(0, 30), metric_from=st.none() | st.integers(0, 30))
+    def test_comes_back_equal(self, windows, metric_from):
+        loop = filled(windows, metric_from)
+        assert repr(Loop.from_state_dict(loop.state_dict())) == repr(loop)
+
+    def test_holds_plain_values_only(self):
+        def plain(value: object) -> bool:
+            if isinstance(value, dict):
+                return all(type(k) is str and plain(v) for k, v in value.items())
+            if isinstance(value, list):
+                return all(plain(v) for v in value)
+            return value is None or type(value) in (int, float, str, bool)
+
+        assert plain(filled(40, 20).state_dict())
+
+    @pytest.mark.parametrize("name", ["pooled", "typical", "climb", "progress"])
+    def test_refuses_other_keys_at_any_depth(self, name):
+        state = filled().state_dict()
+        with pytest.raises(
+            ValueError, match=rf"state\['{name}'\] must have exactly the known keys, got unknown \['x'\]"
+        ):
+            Loop.from_state_dict(state | {name: state[name] | {"x": 1.0}})
+
+
+def test_a_decision_changes_nothing_that_was_measured():
+    loop = filled()
+    after, _ = loop.decided(RelativeStandardError(), Limits())
+    assert after.evidence() == loop.evidence()
