@@ -26,7 +26,7 @@ _WHY = {
     "signal_lost": "the squared length of the gradient cannot be told from zero",
     "noise_floor": "the noise scale rises with the batch and no size is ever enough: lower the learning rate",
     "nonfinite": "the last window had no finite gradient",
-    "guard": "gradients ten times longer than usual were seen at half this size, which no sampling error explains",
+    "guard": "gradients a hundred times longer than usual were seen at a size half as large or larger",
 }
 
 
@@ -89,7 +89,7 @@ def _careful(evidence: Evidence, limits: Limits, rows: pd.DataFrame) -> str:
         cautions.append(f"{evidence.tail.share:.0%} of the pooled variance sits in windows far above the usual one")
     if math.isfinite(evidence.tail.episode_examples):
         ago = evidence.tail.episode_examples
-        cautions.append(f"the last gradient beyond ten times the usual length came {ago:,.0f} examples ago")
+        cautions.append(f"the last gradient a hundred times longer than usual came {ago:,.0f} examples ago")
     if evidence.response.phase < -2.0:
         cautions.append("consecutive gradients point against each other, as at a noise floor")
     return f"Mind that {'; '.join(cautions)}." if cautions else "Nothing speaks against it."

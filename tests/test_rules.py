@@ -468,8 +468,8 @@ class TestGuard:
         far, near = (Measurement(3.0 * ratio * 128.0, 1.0, 128.0, 2) for ratio in (101, 100))
         assert Guard().skips(far, level=3.0, skipped=0)
         assert not Guard().skips(near, level=3.0, skipped=0)
-        assert Guard().skips(far, level=3.0, skipped=2)
-        assert not Guard().skips(far, level=3.0, skipped=3)
+        assert Guard(max_skips=3).skips(far, level=3.0, skipped=2)
+        assert not Guard(max_skips=3).skips(far, level=3.0, skipped=3)
         assert not Guard(max_skips=0).skips(far, level=3.0, skipped=0)
         assert Guard(skip_ratio=25.0).skips(near, level=3.0, skipped=0)
 

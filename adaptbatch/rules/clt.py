@@ -40,9 +40,9 @@ class RelativeStandardError:
     :class:`Limits`.
 
     The moments are those of the *typical* channel, in which no window weighs more than ten ordinary ones
-    (:mod:`adaptbatch.tails`). The *tail* channel says whether they may be believed: once a window's gradients are ten
-    times longer than usual, no sampling error explains it, and ``k`` is at least twice the size that saw it, for ten
-    half-lives (reason ``guard``).
+    (:mod:`adaptbatch.tails`). The *tail* channel says whether they may be believed: where a window's gradients are a
+    hundred times longer than usual, no sampling error explains it. Once they are usual again ``k`` is at least twice
+    the size that saw it, for ten half-lives (reason ``guard``).
 
     When it is wrong: at the noise floor of a fixed learning rate ``B / n`` does not depend on ``n``, and the rule runs
     to ``max_steps``; it says ``noise_floor`` there, and holds with ``at_floor="hold"``. Gradients with infinite

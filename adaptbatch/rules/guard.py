@@ -41,12 +41,13 @@ class Guard:
     """Leaves out the step of an exceedance or a gradient that is not finite, grows the batch, and holds it there.
 
     A step is skipped when its window's ``Q / n`` is more than ``skip_ratio`` times the median of the windows before it,
-    at most ``max_skips`` in a row, since parameters that already went astray need steps to come back. After an
-    exceedance (:data:`adaptbatch.tails.EXCEEDANCE`) or a non-finite gradient the next ``k`` is at least twice the batch
-    that saw it, for ``hold`` examples. Composes with any rule, also an open-loop one:
-    ``BatchController(..., guard=Guard())``.
+    at most ``max_skips`` in a row: parameters that went astray need steps to come back, and Adam's second moment, which
+    a long gradient raises, is what slows them down. After an exceedance (:data:`adaptbatch.tails.EXCEEDANCE`) or a
+    non-finite gradient the next ``k`` is at least twice the batch that saw it, for ``hold`` examples. Composes with any
+    rule, also an open-loop one: ``BatchController(..., guard=Guard())``.
 
-    When it is wrong: where the gradient's scale really jumps tenfold, as at a change of task, it skips good steps.
+    When it is wrong: where the gradient's scale really jumps tenfold, as at a change of task, it skips good steps. More
+    skips in a row did harm in pilots on the noisy network (``studies/results/two-networks/pilots.parquet``).
 
     Args:
         skip_ratio: Squared norm of a step to skip, in units of the usual one [1]; 100 is a gradient ten times longer.
@@ -67,7 +68,7 @@ class Guard:
     """
 
     skip_ratio: float = 100.0
-    max_skips: int = 3
+    max_skips: int = 1
     hold: float | None = None
 
     def __post_init__(self) -> None:
