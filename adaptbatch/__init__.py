@@ -30,7 +30,7 @@ from adaptbatch.rules import (
     decide,
 )
 
-__version__ = "0.1.0.dev2"
+__version__ = "0.1.0.dev3"
 
 __all__ = [
     "CABS",

@@ -335,7 +335,7 @@ class BatchController:
             if one.measurement.finite:
                 loop = loop.heard(one.heard, memory)
             elif self.guard is not None:
-                loop = loop.spoiled(one.global_batch)
+                loop = loop.spoiled(one.global_batch, memory)
         self._loop, self._decision = loop.decided(self.rule, self.limits, self.guard)
         self._record(window, loop.evidence(), applied, skipped)
         for one in heard:

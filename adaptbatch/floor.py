@@ -90,10 +90,10 @@ class Climb:
         if len(rungs) < 3 or rungs[-1].batch < CLIMB_FACTOR * rungs[0].batch:
             return math.nan
         first, last = rungs[0], rungs[-1]
-        if not (first.noise_scale > 0.0 and last.noise_scale > 0.0):
+        if not (0.0 < first.noise_scale < math.inf and last.noise_scale > 0.0):
             return math.nan
         if math.isinf(last.noise_scale):
-            return math.inf if math.isfinite(first.noise_scale) else math.nan
+            return math.inf
         return math.log(last.noise_scale / first.noise_scale) / math.log(last.batch / first.batch)
 
     def least_error_sq(self) -> float:

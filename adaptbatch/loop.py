@@ -139,9 +139,9 @@ class Loop:
         pair = noise.estimate(window.in_metric, population)
         return replace(loop, metric=loop.metric.update(pair, n, memory))._weighed(window, window.in_metric, memory)
 
-    def spoiled(self, batch: float) -> Loop:
+    def spoiled(self, batch: float, memory: float) -> Loop:
         """The loop after a window of ``batch`` examples without a finite gradient, where a guard counts it."""
-        return replace(self, typical=self.typical.exceeded(batch))
+        return replace(self, typical=self.typical.exceeded(batch, memory))
 
     def _weighed(self, heard: Heard, window: Measurement, memory: float) -> Loop:
         """The channels of the decision, one window later."""

@@ -272,16 +272,16 @@ def heterogeneity(ranks: Sequence[Measurement], whole: Measurement) -> tuple[flo
 
 
 def memory_examples(memory: float | None, cell_examples: float, batch: float) -> float:
-    """Half-life of the evidence [examples]: ``memory``, or by default ``max(1000 b, 10 n)``.
+    """Half-life of the evidence [examples]: ``memory``, or by default ``max(500 b, 10 n)``.
 
-    At least 10 windows keep the effective number of windows near 29 however large the batch grows; the floor of a
-    thousand micro-batches is the precedent of AdaScale and Pollux.
+    At least 10 windows keep the effective number of windows near 29 however large the batch grows. The floor of five
+    hundred micro-batches is half of what AdaScale and Pollux take: a noise scale that jumps is followed in time.
 
     Example:
         >>> memory_examples(None, cell_examples=64, batch=128), memory_examples(5000.0, cell_examples=64, batch=128)
-        (64000.0, 5000.0)
+        (32000.0, 5000.0)
     """
-    return max(1000.0 * cell_examples, 10.0 * batch) if memory is None else memory
+    return max(500.0 * cell_examples, 10.0 * batch) if memory is None else memory
 
 
 @dataclass(frozen=True, slots=True)

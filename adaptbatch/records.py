@@ -83,7 +83,7 @@ class Tail:
     Attributes:
         excess: The last window's ``Q / n`` over the median of the windows before it [1]; NaN while there are too few.
         share: Share of the pooled sum of squares that windows hold beyond the bound of the typical channel [1].
-        episode_batch: ``n`` when the last episode of exceedances began [examples]; NaN before the first.
+        episode_batch: ``n`` when the present episode of exceedances began [examples]; NaN before the first.
         episode_examples: Examples since the last exceedance; infinite before the first.
     """
 

@@ -28,8 +28,8 @@ BOUND = 10.0
 # A gradient a hundred times longer than usual: no sampling error does that. In the two-networks study windows a
 # hundred times beyond the level came and went without harm; catastrophes were beyond ten thousand.
 EXCEEDANCE = 1e4
-# Exceedances this soon after an episode began belong to it: the optimizer is still digesting the first.
-EPISODE_WINDOWS = 32
+# Half-lives of the evidence after the last exceedance for which an episode is remembered.
+HOLD_MEMORIES = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,6 @@ class TypicalTracker:
     excess: float = math.nan
     episode_batch: float = math.nan
     episode_examples: float = math.inf
-    episode_windows: float = math.inf
 
     @property
     def level(self) -> float:
@@ -83,15 +82,14 @@ class TypicalTracker:
             recent=(*self.recent, own)[-LEVEL_WINDOWS:],
             excess=excess,
             episode_examples=self.episode_examples + window.global_batch,
-            episode_windows=self.episode_windows + 1.0,
         )
         if excess > EXCEEDANCE:
-            aged = aged._exceeded(window.global_batch)
+            aged = aged._exceeded(window.global_batch, memory)
         return aged._pooled(pair, own, level, window.global_batch, memory)
 
-    def exceeded(self, batch: float) -> TypicalTracker:
+    def exceeded(self, batch: float, memory: float) -> TypicalTracker:
         """The tracker after a window of ``batch`` examples that had no finite gradient: an exceedance of its own."""
-        return replace(self, excess=math.inf)._exceeded(batch)
+        return replace(self, excess=math.inf)._exceeded(batch, memory)
 
     def estimate(self) -> NoiseEstimate:
         """The typical pair, in units of the level."""
@@ -102,10 +100,11 @@ class TypicalTracker:
         share = self.cut_sum / self.trace_sum if self.trace_sum > 0.0 else math.nan
         return Tail(self.excess, share, self.episode_batch, self.episode_examples)
 
-    def _exceeded(self, batch: float) -> TypicalTracker:
-        if self.episode_windows <= EPISODE_WINDOWS:
-            return replace(self, episode_examples=0.0)
-        return replace(self, episode_batch=batch, episode_examples=0.0, episode_windows=0.0)
+    def _exceeded(self, batch: float, memory: float) -> TypicalTracker:
+        # The batch of the first one stays: where another comes at twice that batch, averaging is not the cure, and an
+        # answer to each would run to the limit.
+        over = not self.episode_examples < HOLD_MEMORIES * memory
+        return replace(self, episode_batch=batch if over else self.episode_batch, episode_examples=0.0)
 
     def _pooled(self, pair: NoiseEstimate, own: float, level: float, batch: float, memory: float) -> TypicalTracker:
         decay = 2.0 ** (-batch / memory)

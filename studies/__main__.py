@@ -10,7 +10,6 @@ import pandas as pd
 import tyro
 from rich.progress import Progress, TimeElapsedColumn
 
-import adaptbatch as ab
 from studies import quick as quick_study
 from studies import two_networks as two_networks_study
 from studies.analysis import summary
@@ -85,14 +84,20 @@ def two_networks(
 ) -> None:
     """One rule on a noisy and on a well-behaved network, against fixed batches; finished runs are kept."""
     from adaptbatch.tails import EXCEEDANCE
+    from studies.channel_designs import designs
     from studies.channel_figure import channel_figure
 
-    study, tables = two_networks_study, {}
+    study, tables, verdicts = two_networks_study, {}, []
     for name in study.TASKS if network is None else (network,):
         tables[name] = run_all(study.runs(name, seeds or study.SEEDS[name]), out / name, workers)
         show(summary(tables[name]).astype({"seed": str}), f"{name} network, 80-layer residual VAE on MNIST")
-        show(study.verdict(tables[name], name).astype({"meets": str}), f"{name} network, over seeds")
+        verdicts.append(study.verdict(tables[name], name).assign(network=name))
+        show(verdicts[-1].astype({"meets": str}), f"{name} network, over seeds")
         print(f"table   {out / name / 'results.parquet'}")
+    others = pd.concat([designs(table).assign(network=name) for name, table in tables.items()], ignore_index=True)
+    show(others, "what other statistics say of the fixed arms, medians over seeds")
+    write_atomically(others, out / "designs.parquet")
+    write_atomically(pd.concat(verdicts, ignore_index=True), out / "verdict.parquet")
     smallest = {name: f"fixed {study.BATCHES[name][1]}" for name in tables}
     channel_figure(tables, out / "figure.png", smallest=smallest, exceedance=EXCEEDANCE)
     print(f"figure  {out / 'figure.png'}")
@@ -104,15 +109,17 @@ def closed_loop(
     seeds: Annotated[int, tyro.conf.arg(help="seeds 0 to this, less one")] = 5,
     workers: int = 2,
 ) -> None:
-    """The default rule against a noise scale that is known: switches, reversals, error, lag."""
+    """Every rule against a noise scale that is known: switches, reversals, error, lag."""
     from studies import closed_loop as study
 
-    windows = study.run_study([ab.RelativeStandardError()], seeds, workers)
-    table = study.table(windows)
-    show(table.drop(columns="rule"), f"{table['rule'].iloc[0]}, means over {seeds} seeds")
+    runs, windows = study.run_study(seeds, workers)
+    table = study.table(runs)
+    for rule, shown in table.groupby("rule", sort=False):
+        show(shown.drop(columns="rule"), f"{rule}: {study.RULES[rule]!r}, means over {seeds} seeds")
     table.attrs = {"provenance": provenance()}
     write_atomically(table, out / "table.parquet")
-    closed_loop_figure(windows, out / "figure.png", study.CELL)
+    moving = [profile.name for profile in study.PROFILES if profile.moving]
+    closed_loop_figure(windows, table, out / "figure.png", cell=study.CELL, moving=moving)
     print(f"table   {out / 'table.parquet'}\nfigure  {out / 'figure.png'}")
 
 
@@ -152,6 +159,7 @@ def show(table: pd.DataFrame, title: str) -> None:
     kinds |= {"exact": ".4g", "mean estimate": ".4g", "switches": ".1f", "reversals": ".1f", "lag": ",.0f"}
     kinds |= {"of best fixed": ".3f", "paired": ".3f", "paired low": ".3f", "paired high": ".3f", "of smallest": ".1%"}
     kinds |= {"rms log error": ".3f", "at limits": ".0%", "most switches": ".0f"}
+    kinds |= {"noise floor": ".1%", "guard": ".1%"}
     texts = {name: [_text(value, kinds.get(name, ".2f")) for value in table[name]] for name in table}
     print(f"\n{title}\n\n{pd.DataFrame(texts).to_string(index=False)}\n")
 

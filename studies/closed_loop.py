@@ -33,8 +33,6 @@ FLOOR = 1.0 / float(np.mean(RATES / (2.0 - RATES)))
 # A catastrophic window's gradients are longer by a factor between these.
 CATASTROPHE = (1e3, 1e4)
 
-MEASURES = ["switches", "reversals", "rms log error", "lag", "at limits", "noise floor", "guard"]
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -75,6 +73,7 @@ PROFILES = (
     Profile("Student's t, 3 degrees", lambda u: 400, student=3.0),
     Profile("Student's t, 2.2 degrees", lambda u: 400, student=2.2),
     Profile("catastrophes", lambda u: 400, catastrophes=1 / 400),
+    Profile("ramp x32, catastrophes", lambda u: 64 * 32**u, catastrophes=1 / 400),
 )
 
 # Where a rule has a knob for the batch it looks for, it is set to n = B, with the noise that |g|^2 contains counted in:
@@ -215,3 +214,31 @@ def _rms_log_error(run: pd.DataFrame, delay: float) -> float:
 def _lag(run: pd.DataFrame) -> float:
     delays = np.linspace(0.0, 0.2 * run["examples_seen"].iloc[-1], 81)
     return float(delays[np.argmin([_rms_log_error(run, delay) for delay in delays])])
+
+
+def run_study(seeds: int, workers: int, examples: float = EXAMPLES) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The measures of every rule on every profile and seed, a row for each run, and all windows of the default rule."""
+    jobs = [(rule, profile.name, seed) for rule in RULES for profile in PROFILES for seed in range(seeds)]
+    found = joblib.Parallel(n_jobs=workers)(joblib.delayed(_run)(*job, examples) for job in jobs)
+    runs = pd.DataFrame([measures for measures, _ in found])
+    return runs, pd.concat([windows for _, windows in found if windows is not None], ignore_index=True)
+
+
+def _run(rule: str, profile: str, seed: int, examples: float) -> tuple[dict[str, str | float], pd.DataFrame | None]:
+    # A profile holds functions, which do not travel to another process; its name does.
+    truth = next(known for known in PROFILES if known.name == profile)
+    names = {"rule": rule, "profile": profile, "seed": seed}
+    windows = simulate(RULES[rule], truth, seed, examples)
+    return names | measure(windows), windows.assign(**names) if rule == DEFAULT else None
+
+
+def table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, and the worst seed's switches, for each rule and profile.
+
+    The error of ``k`` is its distance from ``n = B`` for every rule, also for one that looks for another batch (see
+    :data:`RULES`); and at the noise floor from ``n = FLOOR n``, which no batch below ``max_steps`` is. Where nothing
+    moves the lag means nothing.
+    """
+    by = runs.groupby(["rule", "profile"], sort=False)
+    means = by[[name for name in runs if name not in ("rule", "profile", "seed")]].mean()
+    return means.assign(**{"most switches": by["switches"].max()}).reset_index()

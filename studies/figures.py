@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -158,34 +160,89 @@ def _reasons(axes: Axes, run: pd.DataFrame) -> None:
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -1.6), ncols=6, handlelength=1.2)
 
 
-def closed_loop_figure(windows: pd.DataFrame, path: Path, cell: int) -> None:
-    """Each profile's true noise scale and the batch that the rule chose, every seed a line.
+def closed_loop_figure(
+    windows: pd.DataFrame, table: pd.DataFrame, path: Path, *, cell: int, moving: Sequence[str]
+) -> None:
+    """The default rule against the truth on every profile; below, every rule where there is something to follow.
 
     Args:
-        windows: Of :func:`studies.closed_loop.run_study`, one rule.
+        windows: The default rule's, of :func:`studies.closed_loop.run_study`.
+        table: Of :func:`studies.closed_loop.table`, all rules.
         path: PNG to write.
         cell: Examples of one accumulation step.
+        moving: Names of the profiles on which the rules are compared.
     """
-    profiles = windows["profile"].unique()
+    profiles, columns = windows["profile"].unique(), 4
+    rows = -(-len(profiles) // columns)
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            1, len(profiles), figsize=(2.6 * len(profiles), 3.2), sharey=True, layout="constrained"
+        figure = plt.figure(figsize=(11, 2.0 * rows + 4.2), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[2.0 * rows, 4.2])
+        grid = above.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, profile in zip(grid.flat, profiles, strict=False):
+            _followed(axes, windows[windows["profile"] == profile], cell)
+        for axes in grid.flat[len(profiles) :]:
+            axes.set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("examples")
+        for axes in grid[-1]:
+            axes.set_xlabel("million examples seen")
+        truth, batch = Line2D([], [], color="black", lw=2), Line2D([], [], color=ARM_COLOURS[0], lw=1)
+        named = Line2D([], [], color=ARM_COLOURS[5], lw=4)
+        above.legend(
+            [truth, batch, named],
+            ["true noise scale B", "batch n, a line for each seed", "seed 0 says noise_floor or guard"],
+            loc="outside upper left",
+            ncols=3,
         )
-        figure.suptitle("A known noise scale (black) and the batch the rule chose (one line a seed)", x=0.01, ha="left")
-        for axes, profile in zip(grid, profiles, strict=True):
-            shown = windows[windows["profile"] == profile]
-            for colour, (_, run) in zip(ARM_COLOURS, shown.groupby("seed"), strict=False):
-                axes.step(run["examples_seen"] / 1e6, run["accumulation_steps"] * cell, color=colour, lw=1, where="pre")
-            axes.plot(run["examples_seen"] / 1e6, run["true_noise_scale"], color="black", lw=1.6)
-            axes.set_title(profile.replace(", ", ",\n"))
-            axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            axes.set_xlabel("million examples")
-            axes.grid(axis="y", alpha=0.25)
-        grid[0].set_ylabel("examples")
+        _rules_compared(below, table[table["profile"].isin(moving)], windows["rule"].iloc[0], moving)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         plt.close(figure)
+
+
+def _followed(axes: Axes, windows: pd.DataFrame, cell: int) -> None:
+    """One profile: the batch of every seed over the truth."""
+    runs = [run for _, run in windows.groupby("seed")]
+    for run in runs:
+        x, n = run["examples_seen"] / 1e6, run["accumulation_steps"] * cell
+        axes.step(x, n, color=ARM_COLOURS[0], lw=0.9, alpha=0.75, where="pre")
+    first = runs[0]
+    axes.plot(first["examples_seen"] / 1e6, first["true_noise_scale"], color="black", lw=1.6, zorder=1)
+    told = first[first["reason"].isin(["noise_floor", "guard"])]
+    axes.plot(told["examples_seen"] / 1e6, np.full(len(told), 42.0), "|", color=ARM_COLOURS[5], ms=5, mew=1)
+    axes.set_title(windows["profile"].iloc[0])
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(36, 3e4)
+    axes.set_yticks([64, 512, 4096])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.grid(axis="y", alpha=0.25)
+
+
+def _rules_compared(figure: SubFigure, table: pd.DataFrame, default: str, moving: Sequence[str]) -> None:
+    """A row for each rule: how far from ``B``, and how many changes that took."""
+    rules = list(table["rule"].unique())
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, measure, bound in ((left, "rms log error", 0.30), (right, "switches", 40.0)):
+        axes.axvline(bound, color="#777777", lw=1, ls=":")
+        for place, profile in enumerate(moving):
+            shown = table[table["profile"] == profile].set_index("rule").loc[rules]
+            rows = np.arange(len(rules)) + 0.2 * (place - 1)
+            axes.plot(shown[measure], rows, "osD"[place], color=ARM_COLOURS[[0, 5, 2][place]], ms=4.5, label=profile)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    left.set_xlabel("rms of log(n / B), left is closer (dotted: 0.30)")
+    left.set_title("How far from n = B on the moving profiles")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2])
+    left.minorticks_off()
+    right.set_xlabel("changes of k in a run, left is calmer (dotted: 40)")
+    right.set_title("How often k changes")
+    right.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _rows(left, rules)
+    _rows(right, rules)
+    for label in left.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == default else "normal")
 
 
 def calibration_figure(coverage: pd.DataFrame, error: pd.DataFrame, path: Path) -> None:

@@ -312,11 +312,11 @@ class TestCLTRule:
         assert decide(RelativeStandardError(), known(weak), self.at, Limits()) == Decision(4, 1024.0, "undecided")
 
     def test_dead_time(self):
-        # Half of max(1000 b, 10 n) = 64,000 examples, three times that for a shrink.
-        assert self.decide(target=5000, examples_since_change=31_999).reason == "undecided"
-        assert self.decide(target=5000, examples_since_change=32_000).reason == "growth_limited"
-        assert self.decide(target=130, k=20, examples_since_change=95_999).reason == "hold"
-        assert self.decide(target=130, k=20, examples_since_change=96_000).reason == "shrink"
+        # Half of max(500 b, 10 n) = 32,000 examples, three times that for a shrink.
+        assert self.decide(target=5000, examples_since_change=15_999).reason == "undecided"
+        assert self.decide(target=5000, examples_since_change=16_000).reason == "growth_limited"
+        assert self.decide(target=130, k=20, examples_since_change=47_999).reason == "hold"
+        assert self.decide(target=130, k=20, examples_since_change=48_000).reason == "shrink"
 
     def test_dead_time_and_memory_can_be_set(self):
         pair, at = replace(self.sure, noise_trace=5000.0), replace(self.at, examples_since_change=100)
@@ -386,7 +386,7 @@ class TestChannels:
         plain = decide(RelativeStandardError(channel="pooled"), saw, self.at, Limits())
         assert plain == Decision(3, 130.0, "shrink")
 
-    @pytest.mark.parametrize(("memory", "hold"), [(None, 640_000), (5000.0, 50_000)])
+    @pytest.mark.parametrize(("memory", "hold"), [(None, 320_000), (5000.0, 50_000)])
     def test_the_size_is_held_for_ten_memories(self, memory, hold):
         rule, at = RelativeStandardError(memory=memory), replace(self.at, accumulation_steps=10)
         tail = Tail(1.0, 0.5, episode_batch=320.0, episode_examples=hold - 1)
@@ -424,7 +424,7 @@ class TestChannels:
         assert self.at_floor(self.floor, hold) == Decision(4, 5000.0, "noise_floor")
 
     def test_a_growth_at_the_noise_floor_waits_like_any_other(self):
-        waiting = self.at_floor(self.floor, examples_since_change=31_999)
+        waiting = self.at_floor(self.floor, examples_since_change=15_999)
         assert waiting == Decision(4, 5000.0, "noise_floor")
 
     @pytest.mark.parametrize(
@@ -484,7 +484,7 @@ class TestGuard:
 
     def test_holds_as_long_as_told(self):
         small = Decision(4, 256.0, "hold")
-        for guard, memory, hold in ((Guard(), None, 640_000), (Guard(), 1000.0, 10_000), (Guard(hold=77.0), 1.0, 77)):
+        for guard, memory, hold in ((Guard(), None, 320_000), (Guard(), 1000.0, 10_000), (Guard(hold=77.0), 1.0, 77)):
             for examples, reason in ((hold - 1, "guard"), (hold, "hold")):
                 saw = Evidence(tail=replace(self.saw.tail, episode_examples=examples))
                 assert guard.react(small, saw, self.at, Limits(), memory).reason == reason

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptbatch import Measurement, NoiseEstimate, noise
-from adaptbatch.tails import BOUND, EPISODE_WINDOWS, EXCEEDANCE, LEVEL_LEAST, LEVEL_WINDOWS, TypicalTracker
+from adaptbatch.tails import BOUND, EXCEEDANCE, HOLD_MEMORIES, LEVEL_LEAST, LEVEL_WINDOWS, TypicalTracker
 
 MEMORY = 20_000.0
 
@@ -125,26 +125,21 @@ class TestTailChannel:
     def test_a_large_window_below_the_exceedance_opens_none(self):
         assert track(windows([1.0] * 50 + [0.1 * EXCEEDANCE])).tail().episode_examples == math.inf
 
-    def test_exceedances_close_together_are_one_episode_of_the_first_batch(self):
+    def test_later_exceedances_do_not_raise_the_batch_of_an_episode(self):
+        """At whatever size they come: it is one doubling, not one for each."""
         tracker = track(windows([1.0] * 50 + [10 * EXCEEDANCE]))
-        for window in windows([1.0] * 10 + [10 * EXCEEDANCE], batch=256.0, seed=1):
+        for window in windows([1.0] * 100 + [10 * EXCEEDANCE], batch=256.0, seed=1):
             tracker = tracker.update(noise.estimate(window), window, MEMORY)
         assert (tracker.tail().episode_batch, tracker.tail().episode_examples) == (64.0, 0.0)
 
-    def test_however_long_the_series_an_episode_ends(self):
+    def test_after_ten_quiet_memories_another_episode_begins(self):
         tracker = track(windows([1.0] * 50 + [10 * EXCEEDANCE]))
-        for window in windows([1.0] * 7 + [10 * EXCEEDANCE], batch=256.0, seed=1) * (EPISODE_WINDOWS // 8 + 1):
+        for window in windows([1.0] * int(HOLD_MEMORIES * MEMORY / 1000.0) + [10 * EXCEEDANCE], batch=1000.0, seed=1):
             tracker = tracker.update(noise.estimate(window), window, MEMORY)
-        assert tracker.tail().episode_batch == 256.0
-
-    def test_later_ones_are_another_episode(self):
-        tracker = track(windows([1.0] * 50 + [10 * EXCEEDANCE]))
-        for window in windows([1.0] * (EPISODE_WINDOWS + 1) + [10 * EXCEEDANCE], batch=256.0, seed=1):
-            tracker = tracker.update(noise.estimate(window), window, MEMORY)
-        assert tracker.tail().episode_batch == 256.0
+        assert tracker.tail().episode_batch == 1000.0
 
     def test_a_non_finite_window_counts_where_a_guard_says_so(self):
-        tail = track(windows([1.0] * 50)).exceeded(128.0).tail()
+        tail = track(windows([1.0] * 50)).exceeded(128.0, MEMORY).tail()
         assert (tail.excess, tail.episode_batch, tail.episode_examples) == (math.inf, 128.0, 0.0)
 
     def test_state_comes_back(self):

@@ -219,7 +219,7 @@ def require_fraction(name: str, value: float, way_out: str) -> None:
 
 def require_memory(value: float | None) -> None:
     if value is not None:
-        require_positive("memory", value, "None takes max(1000 b, 10 n) examples")
+        require_positive("memory", value, "None takes max(500 b, 10 n) examples")
 
 
 def in_python(rule: Any) -> None:

@@ -52,7 +52,7 @@ class RelativeStandardError:
     Args:
         theta: Wanted ``sqrt(tr(Sigma) / n) / |G|`` [1]; 1 is the knee where steps and examples both cost twice their
             minimum, 0.5 is four times the batch.
-        memory: Half-life of the evidence [examples]; None: ``max(1000 b, 10 n)``.
+        memory: Half-life of the evidence [examples]; None: ``max(500 b, 10 n)``.
         dead_time: Examples to wait after a change; None: half the memory.
         z_grow: Standard errors of evidence a growth needs.
         z_shrink: Standard errors of evidence a shrink needs.
@@ -82,7 +82,7 @@ class RelativeStandardError:
     def __post_init__(self) -> None:
         require_positive("theta", self.theta, "1.0 lets the error equal the gradient's length")
         if self.memory is not None:
-            require_positive("memory", self.memory, "None takes max(1000 b, 10 n) examples")
+            require_positive("memory", self.memory, "None takes max(500 b, 10 n) examples")
         if self.dead_time is not None and not (self.dead_time >= 0.0 and math.isfinite(self.dead_time)):
             raise ValueError(
                 f"dead_time must be finite and not negative, got dead_time = {self.dead_time!r}; None takes memory / 2."

@@ -27,7 +27,7 @@ class NoiseScale:
     well-conditioned valley.
 
     Args:
-        memory: Half-life of the evidence [examples]; None: ``max(1000 b, 10 n)``.
+        memory: Half-life of the evidence [examples]; None: ``max(500 b, 10 n)``.
 
     Raises:
         ValueError: If ``memory`` is not positive and finite.
@@ -67,7 +67,7 @@ class Pareto:
 
     Args:
         price: What one update costs beside its examples [examples].
-        memory: Half-life of the evidence [examples]; None: ``max(1000 b, 10 n)``.
+        memory: Half-life of the evidence [examples]; None: ``max(500 b, 10 n)``.
 
     Raises:
         ValueError: If ``price`` or ``memory`` is not positive and finite.
@@ -116,7 +116,7 @@ class Goodput:
         step_seconds: ``c0``, seconds of a window whatever its size [s]; None takes what was measured.
         example_seconds: ``c1``, seconds for each example beside that [s]; None takes what was measured.
         improvement: Smallest ratio of goodputs worth a change [1].
-        memory: Half-life of the evidence [examples]; None: ``max(1000 b, 10 n)``.
+        memory: Half-life of the evidence [examples]; None: ``max(500 b, 10 n)``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -184,7 +184,7 @@ class CABS:
     Args:
         scale: Factor for losses in other units [1].
         loss_floor: The smallest loss there is, such as 0 for cross-entropy.
-        memory: Half-life of the evidence [examples]; None: ``max(1000 b, 10 n)``.
+        memory: Half-life of the evidence [examples]; None: ``max(500 b, 10 n)``.
 
     Raises:
         ValueError: If an argument is not finite, or ``scale`` or ``memory`` not positive.

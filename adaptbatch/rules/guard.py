@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from adaptbatch import noise
 from adaptbatch.records import Decision, Evidence, Measurement, Progress, Tail
 from adaptbatch.rules.base import Limits, in_python, require_positive
+from adaptbatch.tails import HOLD_MEMORIES
 
-# Half-lives of the evidence for which a size that saw an exceedance is not gone back to.
-HOLD_MEMORIES = 10.0
 # The next size up after an exceedance.
 STEP_UP = 2.0
 
 
 def tail_floor(tail: Tail, progress: Progress, limits: Limits, hold: float) -> int:
-    """The smallest ``k`` that the tail channel allows: twice the batch that saw the last episode of exceedances.
+    """The smallest ``k`` that the tail channel allows: twice the batch at which the present episode began.
 
-    For ``hold`` examples after the last exceedance; ``min_steps`` before the first and after that.
+    For ``hold`` examples after the last exceedance; ``min_steps`` before the first and after that. One doubling an
+    episode: where exceedances go on at twice the batch, averaging is not the cure.
 
     Example:
         >>> at = Progress(accumulation_steps=4, cell_examples=64)
