@@ -57,10 +57,11 @@ def empty_hooks(model: Autoencoder) -> Window:
     return hand_written(model)
 
 
-def adaptbatch(model: Autoencoder, ghost: bool = False) -> Window:
+def adaptbatch(model: Autoencoder, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> Window:
     """The controller with the CLT rule, held at this window size: everything is measured, tested and recorded."""
     limits = ab.Limits(min_steps=STEPS, max_steps=STEPS)
-    controller = ab.BatchController(model, _adam(model), rule=ab.RelativeStandardError(), limits=limits, ghost=ghost)
+    rule, optimizer = ab.RelativeStandardError(), optimizer or _adam(model)
+    controller = ab.BatchController(model, optimizer, rule=rule, limits=limits, **options)
 
     def window(batches: Sequence[Tensor]) -> None:
         for x in controller.micro_batches(batches):
@@ -74,6 +75,16 @@ def adaptbatch(model: Autoencoder, ghost: bool = False) -> Window:
 def adaptbatch_ghost(model: Autoencoder) -> Window:
     """The same, every example measured on its own."""
     return adaptbatch(model, ghost=True)
+
+
+def adaptbatch_metric(model: Autoencoder) -> Window:
+    """The same, in Adam's metric too, which is warm after ten steps at this ``beta2``."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    for _ in range(10):
+        model.loss(torch.rand(2, 784)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adaptbatch(model, optimizer, metric="adam")
 
 
 def fairscale_adascale(model: Autoencoder) -> Window:
@@ -118,6 +129,7 @@ CONTENDERS: dict[str, tuple[Callable[[Autoencoder], Window], str | None]] = {
     "empty hooks": (empty_hooks, None),
     "adaptbatch": (adaptbatch, None),
     "adaptbatch, ghost norms": (adaptbatch_ghost, None),
+    "adaptbatch, Adam's metric": (adaptbatch_metric, None),
     "fairscale AdaScale": (fairscale_adascale, "fairscale"),
     "torch-gqc GNTS": (gqc_norm_threshold, "gradient_quality_control"),
     "torch-gqc GNS": (gqc_noise_scale, "gradient_quality_control"),
