@@ -445,6 +445,8 @@ class BatchController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, to the last bit.
 
+        With ``phase=True`` the first inner product after it is missing: a gradient is not part of the state.
+
         Raises:
             ValueError: If the version or a key is unknown, or a key is missing; nothing is changed then.
             RuntimeError: If a window is open.

@@ -66,7 +66,8 @@ def _measured(evidence: Evidence, progress: Progress) -> str:
     )
     if typical.effective_windows > 0.0:
         text += f", that of an ordinary window {_size(noise.noise_scale(typical))}"
-    error = noise.relative_error(typical if typical.effective_windows > 0.0 else pooled, progress.global_batch)
+    decisive = typical if typical.effective_windows > 0.0 else pooled
+    error = noise.relative_error(decisive, progress.global_batch, progress.population)
     return f"{text}, and a batch of {_size(progress.global_batch)} has a relative standard error of {error:.2f}."
 
 
