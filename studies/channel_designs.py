@@ -10,6 +10,8 @@ self-normalised t      Student's t of ``D_t / (|S_t| / n + |g_t|)``, ``D_t = S_t
 top 5 % share          of ``sum S_t``, held by the largest twentieth of the windows
 tail index             Hill's, of the largest twentieth of ``S_t``: below 1 the sum is its largest term, below 2 the
                        variance of the mean is not finite
+above 1e2, above 1e4   windows whose ``Q / n`` is that many times the median of those before it: does the tail foretell?
+lead                   examples from the first window above 1e2 to the first spike; NaN where there is none of them
 =====================  ===========================================================================================
 """
 
@@ -28,20 +30,23 @@ SKIP = 0.1
 
 
 def designs(results: pd.DataFrame) -> pd.DataFrame:
-    """Medians over seeds of every statistic, a row for each fixed arm with measured noise."""
+    """Medians over seeds of every statistic, a row for each fixed arm."""
     rows = [
-        {"arm": arm, "seed": seed} | statistics(run)
+        {"arm": arm, "seed": seed} | statistics(run) | foretold(run)
         for (arm, seed), run in results.groupby(["arm", "seed"], sort=False)
-        if str(arm).startswith("fixed") and run["noise_trace"].notna().sum() > BLOCKS
+        if str(arm).startswith("fixed")
     ]
     table = pd.DataFrame(rows).groupby("arm", sort=False).median(numeric_only=True)
     return table.drop(columns="seed").reset_index()
 
 
 def statistics(run: pd.DataFrame) -> dict[str, float]:
-    """Every statistic of one run, and its spikes."""
+    """Every statistic of one run's noise; all NaN for windows of one micro-batch, which hold none."""
     kept = run[run["examples_seen"] > SKIP * run["examples_seen"].iloc[-1]].dropna(subset="noise_trace")
     trace, signal = kept["noise_trace"].to_numpy(), kept["grad_sq_norm"].to_numpy()
+    if len(kept) <= BLOCKS:
+        names = ("pooled B", "typical B", "median of means B", "self-normalised t", "top 5 % share", "tail index")
+        return dict.fromkeys(names, math.nan)
     n = float(kept["global_batch"].median())
     contrast = (trace / n - signal) / (np.abs(trace) / n + np.abs(signal))
     return {
@@ -51,6 +56,18 @@ def statistics(run: pd.DataFrame) -> dict[str, float]:
         "self-normalised t": float(contrast.mean() / (contrast.std(ddof=1) / math.sqrt(len(contrast)))),
         "top 5 % share": float(np.sort(trace)[-_top(trace) :].sum() / trace.sum()),
         "tail index": hill(trace),
+    }
+
+
+def foretold(run: pd.DataFrame) -> dict[str, float]:
+    """What stood out of one run, and its spikes."""
+    spikes, above = run["spikes"] > 0, run["tail_excess"] > 1e2
+    known = spikes.any() and above.any()
+    lead = run["examples_seen"][spikes].iloc[0] - run["examples_seen"][above].iloc[0] if known else math.nan
+    return {
+        "above 1e2": float(above.sum()),
+        "above 1e4": float((run["tail_excess"] > 1e4).sum()),
+        "lead": float(lead),
         "spikes": float(run["spikes"].sum()),
     }
 

@@ -107,14 +107,19 @@ def networks_section() -> str:
     said = [
         {"network": row["network"], "arm": row["arm"]}
         | {name: _number(row[name]) for name in ("pooled B", "typical B", "median of means B", "self-normalised t")}
-        | {"top 5 % share": f"{row['top 5 % share']:.0%}", "tail index": f"{row['tail index']:.2f}"}
+        | {"top 5 % share": _share(row["top 5 % share"]), "tail index": _number(row["tail index"], ".2f")}
+        | {name: _number(row[name]) for name in ("above 1e2", "above 1e4", "spikes")}
         for _, row in others.iterrows()
     ]
     return f"{markdown(rows)}\n\nWhat each statistic says of the fixed arms (medians over seeds):\n\n{markdown(said)}"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if math.isfinite(value) else "-"
+def _number(value: float, form: str = ",.0f") -> str:
+    return f"{value:{form}}" if math.isfinite(value) else "-"
+
+
+def _share(value: float) -> str:
+    return _number(value, ".0%")
 
 
 def calibration_section() -> str:

@@ -95,7 +95,6 @@ class TestStatistics:
         assert found["pooled B"] == pytest.approx(100.0, rel=0.1)
         assert found["median of means B"] == pytest.approx(100.0, rel=0.15)
         assert found["self-normalised t"] < -2.33
-        assert found["spikes"] == 3.0
 
     def test_one_window_moves_the_pooled_but_not_the_medians(self):
         run = rows("fixed 512", 0, 50.0, 0, 512.0, windows=4000)
@@ -105,9 +104,16 @@ class TestStatistics:
         assert found["median of means B"] == pytest.approx(100.0, rel=0.15)
         assert found["top 5 % share"] > 0.99
 
-    def test_arms_without_measured_noise_are_left_out(self):
+    def test_windows_of_one_micro_batch_have_a_tail_and_no_noise(self):
         single = rows("fixed 256", 0, 50.0, 0, 256.0).assign(noise_trace=math.nan)
-        table = designs(pd.concat([single, rows("fixed 512", 0, 50.0, 0, 512.0)], ignore_index=True))
+        single.loc[[10, 20], "tail_excess"], single.loc[20, "tail_excess"] = 500.0, 2e4
+        single.loc[30, "spikes"] = 2
+        table = designs(single).iloc[0]
+        assert math.isnan(table["pooled B"])
+        assert (table["above 1e2"], table["above 1e4"], table["spikes"], table["lead"]) == (2.0, 1.0, 2.0, 20 * 256.0)
+
+    def test_other_arms_are_left_out(self):
+        table = designs(pd.concat([rows("adaptive", 0, 50.0, 0, 600.0), rows("fixed 512", 0, 50.0, 0, 512.0)]))
         assert table["arm"].tolist() == ["fixed 512"]
 
 
