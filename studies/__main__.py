@@ -98,7 +98,7 @@ def two_networks(
     show(others, "what other statistics say of the fixed arms, medians over seeds")
     write_atomically(others, out / "designs.parquet")
     write_atomically(pd.concat(verdicts, ignore_index=True), out / "verdict.parquet")
-    smallest = {name: f"fixed {study.BATCHES[name][1]}" for name in tables}
+    smallest = {name: f"fixed {study.BATCHES[name][0]}" for name in tables}
     channel_figure(tables, out / "figure.png", smallest=smallest, exceedance=EXCEEDANCE)
     print(f"figure  {out / 'figure.png'}")
 

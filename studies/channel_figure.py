@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from studies.figures import STYLE
 
@@ -23,7 +23,7 @@ def channel_figure(
     Args:
         results: Tables of the results schema by network.
         path: PNG to write.
-        smallest: Name of each network's smallest fixed arm that has a measured noise.
+        smallest: Name of each network's smallest fixed arm, drawn beside the adaptive one.
         exceedance: ``Q / n`` over its median from which a window is an exceedance.
         seed: Which seed is drawn.
     """
@@ -41,7 +41,7 @@ def channel_figure(
             _loss(axes[0, column], runs, names)
             _typical(axes[1, column], runs["adaptive"])
             _tail(axes[2, column], runs, names, exceedance)
-            axes[0, column].set_title(f"{network} network, seed {seed}: largest micro-batch loss of a window")
+            axes[0, column].set_title(f"{network} network, seed {seed}: training loss")
             axes[2, column].set_xlabel("training examples seen")
             axes[2, column].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:,.0f}k"))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,9 @@ def _loss(axes: Axes, runs: dict[str, pd.DataFrame], names: dict[str, str]) -> N
             spiked["examples_seen"], spiked["micro_batch_loss_max"], "v", color=ARMS[key], ms=4, mec="white", mew=0.4
         )
     axes.set_yscale("log")
-    axes.set_ylabel("loss (▼: spike)")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("largest in a window (▼: spike)")
     axes.legend(loc="upper right", ncols=2)
     axes.grid(axis="y", alpha=0.25)
 
@@ -66,11 +68,14 @@ def _typical(axes: Axes, run: pd.DataFrame) -> None:
     x = run["examples_seen"]
     axes.plot(x, run["noise_scale"].replace(np.inf, np.nan), color="#999999", lw=1.2, label="pooled B")
     axes.plot(x, run["noise_scale_typical"], color="#009E73", lw=1.6, label="typical B")
-    axes.step(x.iloc[:-1], run["global_batch"].iloc[:-1], where="pre", color="#222222", lw=1.6, label="batch n")
+    # Without the notches of an epoch's last micro-batch.
+    sizes = run["global_batch"].rolling(5, center=True, min_periods=1).median()
+    axes.step(x, sizes, where="pre", color="#222222", lw=1.6, label="batch n")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_ylabel("examples")
     axes.set_title("adaptive: noise scale and batch")
-    axes.legend(loc="upper left", ncols=3)
+    axes.legend(loc="best", ncols=3)
     axes.grid(axis="y", alpha=0.25)
 
 
