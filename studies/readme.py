@@ -140,9 +140,9 @@ def calibration_section() -> str:
     return (
         f"Over {len(alone)} cases of {alone['runs'].iloc[0]:,} intervals each (B/n of 0.25, 1 and 4; Gaussian and "
         f"heavy-tailed; 10 to 100 windows) the nominal 95 % interval covers the true noise scale in "
-        f"{_range(alone['coverage'])} of them, {alone['coverage'].mean():.1%} on average; where the errors of consecutive "
-        f"windows are correlated by half, in {_range(chained['coverage'])}. Without any signal it is unbounded in "
-        f"{_range(lost['unbounded'])}.\n\n"
+        f"{_range(alone['coverage'])} of them, {alone['coverage'].mean():.1%} on average; where the errors of "
+        f"consecutive windows are correlated by half, in {_range(chained['coverage'])}. Without any signal it is "
+        f"unbounded in {_range(lost['unbounded'])}.\n\n"
         f"Root mean square of log(estimate / truth) after {most} windows, on the same gradients:\n\n"
         f"{markdown(rows)}\n\n"
         f"In {closer} of {len(peers)} comparisons a peer was closer to the truth than the controller by more than two "
