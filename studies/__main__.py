@@ -77,7 +77,7 @@ def overhead(
 
 @app.command(name="two-networks")
 def two_networks(
-    network: Annotated[two_networks_study.Network | None, tyro.conf.arg(help="one of them; both if not given")] = None,
+    network: Annotated[two_networks_study.Network | None, tyro.conf.arg(help="one of them; all if not given")] = None,
     seeds: Annotated[int | None, tyro.conf.arg(help="seeds 0 to this, less one; the study's own if not given")] = None,
     out: Path = RUNS / "two-networks",
     workers: Annotated[int, tyro.conf.arg(help="processes, one thread each")] = 2,
@@ -96,12 +96,14 @@ def two_networks(
         print(f"table   {out / name.replace(' ', '-') / 'results.parquet'}")
     others = pd.concat([designs(table).assign(network=name) for name, table in tables.items()], ignore_index=True)
     show(others, "what other statistics say of the fixed arms, medians over seeds")
-    write_atomically(others, out / "designs.parquet")
-    write_atomically(pd.concat(verdicts, ignore_index=True), out / "verdict.parquet")
+    # What is said of one network does not replace what is said of all.
+    place = out if network is None else out / network.replace(" ", "-")
+    write_atomically(others, place / "designs.parquet")
+    write_atomically(pd.concat(verdicts, ignore_index=True), place / "verdict.parquet")
     smallest = {name: f"fixed {study.BATCHES[name][0]}" for name in tables}
-    pair: dict[str, pd.DataFrame] = {name: table for name, table in tables.items() if name in ("noisy", "calm")}
-    channel_figure(pair or dict(tables), out / "figure.png", smallest=smallest, exceedance=EXCEEDANCE)
-    print(f"figure  {out / 'figure.png'}")
+    pair = {name: table for name, table in tables.items() if name in ("noisy", "calm")} or tables
+    channel_figure(pair, place / "figure.png", smallest=smallest, exceedance=EXCEEDANCE)
+    print(f"figure  {place / 'figure.png'}")
 
 
 @app.command(name="closed-loop")
