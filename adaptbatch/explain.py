@@ -86,6 +86,8 @@ def _careful(evidence: Evidence, limits: Limits, rows: pd.DataFrame) -> str:
             share = float((recent["accumulation_steps"] == bound).mean())
             if share > 0.5:
                 cautions.append(f"{share:.0%} of the last {len(recent)} windows stood at {name} = {bound}")
+    if math.isinf(noise.noise_scale_interval(evidence.pooled)[1]):
+        cautions.append("the evidence does not tell the gradient's length from zero")
     if evidence.tail.share > 0.5:
         cautions.append(f"{evidence.tail.share:.0%} of the pooled variance sits in windows far above the usual one")
     if math.isfinite(evidence.tail.episode_examples):

@@ -296,6 +296,18 @@ class TestExplain:
         assert f"reason {row['reason']})" in decided
         assert "100% of the last 30 windows stood at min_steps = 2" in careful
 
+    def test_an_unbounded_interval_is_a_caution(self):
+        theta = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+        controller = ab.BatchController(nn.ParameterList([theta]), torch.optim.SGD([theta], lr=0.0))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(60):
+            x = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+            controller.backward((x @ theta).mean(), weight=4)
+            if controller.step_due:
+                controller.step()
+        assert "to unbounded)" in controller.explain()
+        assert "does not tell the gradient's length from zero" in controller.explain()
+
     def test_before_the_first_window(self):
         model = small_model()
         text = ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=1e-3)).explain()
