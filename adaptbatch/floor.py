@@ -19,22 +19,41 @@ RUNG_WINDOWS = 8
 CLIMB_FACTOR = 4.0
 # Sizes smaller than the present one by more than this factor are of another time.
 KEPT_FACTOR = 16.0
+# Windows of the running mean that stands beside each size's own.
+RECENT_WINDOWS = 32.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """The moments of the windows of one number of accumulation steps."""
+    """The windows of one number of accumulation steps: means of their moments, and running means of the last 32."""
 
     steps: float
     batch: float
     windows: float
     noise_trace: float
     grad_sq_norm: float
+    recent_trace: float
+    recent_signal: float
 
-    @property
-    def noise_scale(self) -> float:
-        """``B`` at this size; infinite when the signal is lost."""
-        return self.noise_trace / self.grad_sq_norm if self.grad_sq_norm > 0.0 else math.inf
+    def noise_scales(self) -> tuple[float, float]:
+        """``B`` at this size, of all its windows and of the last; infinite where the signal is lost."""
+        pairs = (self.noise_trace, self.grad_sq_norm), (self.recent_trace, self.recent_signal)
+        whole, recent = (trace / signal if signal > 0.0 else math.inf for trace, signal in pairs)
+        return whole, recent
+
+    def merged(self, pair: NoiseEstimate, batch: float) -> Rung:
+        """With one more window."""
+        n = self.windows + 1.0
+        recent = min(n, RECENT_WINDOWS)
+        return Rung(
+            self.steps,
+            self.batch + (batch - self.batch) / n,
+            n,
+            self.noise_trace + (pair.noise_trace - self.noise_trace) / n,
+            self.grad_sq_norm + (pair.grad_sq_norm - self.grad_sq_norm) / n,
+            self.recent_trace + (pair.noise_trace - self.recent_trace) / recent,
+            self.recent_signal + (pair.grad_sq_norm - self.recent_signal) / recent,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +62,9 @@ class Climb:
 
     At the noise floor of a fixed learning rate ``|G|^2`` falls as ``1/n`` and ``B / n`` stays: the *elasticity*
     ``d ln B / d ln n`` between the sizes of one climb is 1, and no size is ever large enough. A noise scale that rises
-    by itself is caught up with: its ``B / n`` returns to ``theta^2`` at every size.
+    by itself is caught up with: its ``B / n`` returns to ``theta^2`` at every size. One that jumps while a size is in
+    use looks like a floor in that size's mean, one that rises as fast as the batch in the means of its last windows:
+    what is read is the smaller of the two.
 
     Source:
         Mandt, Hoffman & Blei 2017, arXiv:1704.04289 (the stationary distribution of SGD at a fixed rate).
@@ -73,16 +94,9 @@ class Climb:
         if top is None or steps != top.steps:
             below = self.rungs if top is not None and steps > top.steps else ()
             kept = tuple(rung for rung in below if rung.steps * KEPT_FACTOR >= steps)
-            return Climb((*kept, Rung(float(steps), batch, 1.0, pair.noise_trace, pair.grad_sq_norm)))
-        n = top.windows + 1.0
-        merged = Rung(
-            top.steps,
-            top.batch + (batch - top.batch) / n,
-            n,
-            top.noise_trace + (pair.noise_trace - top.noise_trace) / n,
-            top.grad_sq_norm + (pair.grad_sq_norm - top.grad_sq_norm) / n,
-        )
-        return Climb((*self.rungs[:-1], merged))
+            moments = (pair.noise_trace, pair.grad_sq_norm) * 2
+            return Climb((*kept, Rung(float(steps), batch, 1.0, *moments)))
+        return Climb((*self.rungs[:-1], top.merged(pair, batch)))
 
     def elasticity(self) -> float:
         """``ln(B_last / B_first) / ln(n_last / n_first)`` of the climb; NaN while it spans less than a factor of 4."""
@@ -90,15 +104,13 @@ class Climb:
         if len(rungs) < 3 or rungs[-1].batch < CLIMB_FACTOR * rungs[0].batch:
             return math.nan
         first, last = rungs[0], rungs[-1]
-        if not (0.0 < first.noise_scale < math.inf and last.noise_scale > 0.0):
-            return math.nan
-        if math.isinf(last.noise_scale):
-            return math.inf
-        return math.log(last.noise_scale / first.noise_scale) / math.log(last.batch / first.batch)
+        growth = math.log(last.batch / first.batch)
+        rises = [_log_ratio(*scales) for scales in zip(first.noise_scales(), last.noise_scales(), strict=True)]
+        return math.nan if any(math.isnan(rise) for rise in rises) else min(rises) / growth
 
     def least_error_sq(self) -> float:
         """Smallest ``B / n`` of its sizes; NaN before there is one."""
-        return min((rung.noise_scale / rung.batch for rung in self._known()), default=math.nan)
+        return min((min(rung.noise_scales()) / rung.batch for rung in self._known()), default=math.nan)
 
     def _known(self) -> list[Rung]:
         return [rung for rung in self.rungs if rung.windows >= RUNG_WINDOWS]
@@ -111,3 +123,10 @@ class Climb:
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
         """The climb whose :meth:`state_dict` this is."""
         return cls(rungs=tuple(Rung(*(float(value) for value in rung)) for rung in state["rungs"]))
+
+
+def _log_ratio(first: float, last: float) -> float:
+    """``ln(last / first)``; infinite where only the last is, NaN where it says nothing."""
+    if not (0.0 < first < math.inf and last > 0.0):
+        return math.nan
+    return math.inf if math.isinf(last) else math.log(last / first)

@@ -33,6 +33,17 @@ def test_noise_averages_out_within_a_size():
     assert climb.elasticity() == pytest.approx(1.0, abs=0.4)
 
 
+def test_a_jump_while_a_size_is_in_use_is_no_floor():
+    """The first size's mean holds the time before the jump, its last windows do not."""
+    climb = Climb()
+    for k, windows, scale in ((2, 100, 128.0), (2, 200, 2048.0), (4, 40, 2048.0), (8, 40, 2048.0), (16, 40, 2048.0)):
+        for _ in range(windows):
+            climb = climb.update(NoiseEstimate(1.0 / scale, 1.0, degrees_of_freedom=1.0), k, 32.0 * k)
+    first, last = climb.rungs[0].noise_scales(), climb.rungs[-1].noise_scales()
+    assert math.log(last[0] / first[0]) / math.log(8) > 0.7
+    assert climb.elasticity() < 0.1
+
+
 def test_a_climb_needs_three_sizes_over_a_factor_of_four():
     assert math.isnan(climb_of([64.0, 256.0], lambda n: n).elasticity())
     assert math.isnan(climb_of([64.0, 80.0, 100.0], lambda n: n).elasticity())
