@@ -89,20 +89,19 @@ def two_networks(
 
     study, tables, verdicts = two_networks_study, {}, []
     for name in study.TASKS if network is None else (network,):
-        tables[name] = run_all(study.runs(name, seeds or study.SEEDS[name]), out / name.replace(" ", "-"), workers)
+        tables[name] = run_all(study.runs(name, seeds or study.SEEDS[name]), out / name, workers)
         show(summary(tables[name]).astype({"seed": str}), f"{name} network, 80-layer residual VAE on MNIST")
         verdicts.append(study.verdict(tables[name], name).assign(network=name))
         show(verdicts[-1].astype({"meets": str}), f"{name} network, over seeds")
-        print(f"table   {out / name.replace(' ', '-') / 'results.parquet'}")
+        print(f"table   {out / name / 'results.parquet'}")
     others = pd.concat([designs(table).assign(network=name) for name, table in tables.items()], ignore_index=True)
     show(others, "what other statistics say of the fixed arms, medians over seeds")
     # What is said of one network does not replace what is said of all.
-    place = out if network is None else out / network.replace(" ", "-")
+    place = out if network is None else out / network
     write_atomically(others, place / "designs.parquet")
     write_atomically(pd.concat(verdicts, ignore_index=True), place / "verdict.parquet")
     smallest = {name: f"fixed {study.BATCHES[name][0]}" for name in tables}
-    pair = {name: table for name, table in tables.items() if name in ("noisy", "calm")} or tables
-    channel_figure(pair, place / "figure.png", smallest=smallest, exceedance=EXCEEDANCE)
+    channel_figure(tables, place / "figure.png", smallest=smallest, exceedance=EXCEEDANCE)
     print(f"figure  {place / 'figure.png'}")
 
 

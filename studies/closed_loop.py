@@ -82,6 +82,7 @@ RULES: dict[str, ab.Rule] = {
     "CLT": ab.RelativeStandardError(),
     "CLT, pooled": ab.RelativeStandardError(channel="pooled"),
     "CLT, holds at floor": ab.RelativeStandardError(at_floor="hold"),
+    "CLT, guarded": ab.RelativeStandardError(),
     "norm test": ab.NormTest(theta=math.sqrt(0.5)),
     "norm test, debiased": ab.NormTest(theta=1.0, debiased=True, grow_only=False),
     "inner product": ab.InnerProductTest(nu=math.sqrt(0.5)),
@@ -92,11 +93,18 @@ RULES: dict[str, ab.Rule] = {
     "goodput": ab.Goodput(initial_batch=2 * CELL),
     "DiveBatch": ab.DiveBatch(delta=1.0, epoch_examples=50_000),
 }
+# Rules that are run with one; nothing is there to be skipped.
+GUARDS = {"CLT, guarded": ab.Guard(max_skips=0)}
 DEFAULT = "CLT"
 
 
 def simulate(
-    rule: ab.Rule, profile: Profile, seed: int, examples: float = EXAMPLES, phase: bool = False
+    rule: ab.Rule,
+    profile: Profile,
+    seed: int,
+    examples: float = EXAMPLES,
+    phase: bool = False,
+    guard: ab.Guard | None = None,
 ) -> pd.DataFrame:
     """One run: a row for each window with its size, the true noise scale and the decision's reason.
 
@@ -106,6 +114,7 @@ def simulate(
         seed: Of all draws.
         examples: Length of the run.
         phase: Whether the inner product of consecutive gradients is measured.
+        guard: Overrules the rule upwards.
     """
     rng, loop, rows = np.random.default_rng(seed), Loop(ab.Progress(accumulation_steps=2)), []
     position, last = _start(profile), np.full(DIMENSION, math.nan)
@@ -123,7 +132,7 @@ def simulate(
         n = window.global_batch
         heard = Heard(window, loss=0.5 * float(mean @ mean), lr=1.0)
         loop = loop.counted(n, k, step_seconds=STEP_SECONDS, seconds=EXAMPLE_SECONDS * n)
-        loop, decision = loop.heard(heard, loop.memory(rule)).decided(rule, LIMITS)
+        loop, decision = loop.heard(heard, loop.memory(rule)).decided(rule, LIMITS, guard)
         rows.append((loop.progress.examples_seen, k, profile.truth(u, n), decision.reason))
     return pd.DataFrame(rows, columns=["examples_seen", "accumulation_steps", "true_noise_scale", "reason"])
 
@@ -228,7 +237,7 @@ def _run(rule: str, profile: str, seed: int, examples: float) -> tuple[dict[str,
     # A profile holds functions, which do not travel to another process; its name does.
     truth = next(known for known in PROFILES if known.name == profile)
     names = {"rule": rule, "profile": profile, "seed": seed}
-    windows = simulate(RULES[rule], truth, seed, examples)
+    windows = simulate(RULES[rule], truth, seed, examples, guard=GUARDS.get(rule))
     return names | measure(windows), windows.assign(**names) if rule == DEFAULT else None
 
 

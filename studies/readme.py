@@ -82,6 +82,8 @@ def loop_section() -> str:
             "switches": f"{row['switches']:.1f}",
             "reversals": f"{row['reversals']:.1f}",
             "rms log error of k": f"{row['rms log error']:.2f}",
+            "says noise_floor": f"{row['noise floor']:.0%}",
+            "says guard": f"{row['guard']:.0%}",
         }
         for _, row in table.iterrows()
     ]
@@ -111,7 +113,20 @@ def networks_section() -> str:
         | {name: _number(row[name]) for name in ("above 1e2", "above 1e4", "spikes")}
         for _, row in others.iterrows()
     ]
-    return f"{markdown(rows)}\n\nWhat each statistic says of the fixed arms (medians over seeds):\n\n{markdown(said)}"
+    return f"{markdown(rows)}\n\n{_found(verdicts)}\n\nWhat each statistic says of the fixed arms:\n\n{markdown(said)}"
+
+
+def _found(verdicts: pd.DataFrame) -> str:
+    """The verdict in words."""
+    rows = verdicts.set_index(["network", "arm"])
+    calm, noisy = (rows.loc[name, "adaptive"] for name in ("calm", "noisy"))
+    return (
+        f"Calm: the default rule ends at {calm['of best fixed']:.3f} of the best fixed batch's loss, with a mean batch "
+        f"of {calm['mean n']:,.0f}. Noisy: at {noisy['of best fixed']:.3f}, with {noisy['of smallest']:.1%} of the spikes "
+        f"of fixed 256. That {'meets' if noisy['meets'] and calm['meets'] else 'does not meet'} what was asked in "
+        f"advance; but it does not show that the rule notices instability: its smallest window on the noisy network, two "
+        f"micro-batches of 256, is quiet already, and it stays there."
+    )
 
 
 def _number(value: float, form: str = ",.0f") -> str:

@@ -15,21 +15,20 @@ What is asked of the default rule (fixed in advance):
 * noisy: at most 5 % of the spikes of fixed 256, and a final validation loss at most 5 % above the best fixed batch's;
 * calm: a final validation loss at most 3 % above the best fixed batch's, and a mean batch below 512.
 
-``noisy from 256`` asks what the first cannot: there the smallest window that can be measured, two micro-batches, is
-quiet already. With micro-batches of 128 the rule starts at the batch that spikes, and has to notice.
+What this does not show: that the rule notices instability. On the noisy network the smallest window that can be
+measured, two micro-batches, is quiet already, and the ordinary step says so; the rule stays there.
 
 What was tried for the tail before the rule was fixed is in ``results/two-networks/pilots.parquet``, one to five seeds
-each, on this network and on the one with 76 layers: growth after windows of 1e2, 1e3 and 1e4 times the usual square, at
-once or when gradients are usual again; steps above 1e2 skipped, three in a row or one; gradients clipped at ten times
-the usual norm. Windows of 1e2 and 1e3 come in quiet runs too, and answering each with a doubling drove the batch up and
-some runs that were quiet at a fixed batch into ruin. Skipping three in a row did so as well. Clipping at that level
-did not keep one of two runs whole. No answer brought back a run once it had gone astray. The rule in force takes the
-rarest signal, 1e4, waits until gradients are usual again, and doubles once.
+each, on this network (also with micro-batches of 128, so that the rule starts at the batch that spikes) and on one with
+76 layers: growth after windows of 1e2, 1e3 and 1e4 times the usual square, at once or when gradients are usual again,
+doubling each time or once; steps above 1e2 skipped, three in a row or one; gradients clipped at ten times the usual
+norm. Windows of 1e2 and 1e3 come in quiet runs too, so that they foretell little. Growing after any of them kept no run
+from the next catastrophe for sure, and took some that are quiet at a fixed batch into one; so did skipping. Clipping at
+that level did not keep one of two runs whole. So the rule reports the tail and does not act on it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -41,22 +40,17 @@ from studies.runner import Run
 from studies.training import Arm, Task
 
 STUDY = "two-networks"
-Network = Literal["noisy", "calm", "noisy from 256"]
+Network = Literal["noisy", "calm"]
 
 TASKS: dict[Network, Task] = {
     "noisy": Task("mnist", 600_000, micro_batch=256, probe_every=20_000, depth=84, residual="identity", norm="branch"),
     "calm": Task("mnist", 600_000, micro_batch=64, probe_every=20_000),
 }
-TASKS["noisy from 256"] = replace(TASKS["noisy"], micro_batch=128)
-RATES: dict[Network, float] = {"noisy": 1e-2, "calm": 3e-3, "noisy from 256": 1e-2}
-BATCHES: dict[Network, tuple[int, ...]] = {
-    "noisy": (256, 512, 1024, 4096),
-    "calm": (64, 128, 256, 1024),
-    "noisy from 256": (256,),
-}
-SEEDS: dict[Network, int] = {"noisy": 5, "calm": 3, "noisy from 256": 5}
+RATES: dict[Network, float] = {"noisy": 1e-2, "calm": 3e-3}
+BATCHES: dict[Network, tuple[int, ...]] = {"noisy": (256, 512, 1024, 4096), "calm": (64, 128, 256, 1024)}
+SEEDS: dict[Network, int] = {"noisy": 5, "calm": 3}
 # What the default rule may lose against the best fixed batch, and how large its mean batch may be.
-MARGIN: dict[Network, float] = {"noisy": 0.05, "calm": 0.03, "noisy from 256": 0.05}
+MARGIN: dict[Network, float] = {"noisy": 0.05, "calm": 0.03}
 SPIKE_SHARE, MEAN_BATCH = 0.05, 512
 
 

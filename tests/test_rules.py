@@ -361,7 +361,7 @@ class TestCLTRule:
 
 
 class TestChannels:
-    """The CLT rule's typical, tail and response channels."""
+    """The CLT rule's typical and response channels, and the tail with a guard."""
 
     quiet = NoiseEstimate(1.0, 130.0, 1e-4, 1.0, 0.0, degrees_of_freedom=100, effective_windows=30)
     noisy = replace(quiet, noise_trace=5000.0)
@@ -374,43 +374,51 @@ class TestChannels:
 
     def test_after_an_episode_k_is_twice_the_size_that_saw_it(self):
         saw = known(self.quiet, tail=Tail(1.0, 0.5, episode_batch=320.0, episode_examples=500.0))
-        assert decide(RelativeStandardError(), saw, self.at, Limits()) == Decision(10, 130.0, "guard")
-        assert decide(RelativeStandardError(), saw, self.at, Limits(max_steps=9)) == Decision(9, 130.0, "guard")
+        assert decide(RelativeStandardError(), saw, self.at, Limits(), Guard()) == Decision(10, 130.0, "guard")
+        assert decide(RelativeStandardError(), saw, self.at, Limits(max_steps=9), Guard()) == Decision(
+            9, 130.0, "guard"
+        )
 
     def test_it_waits_until_gradients_are_usual_again(self):
-        during = known(self.noisy, tail=Tail(150.0, 0.5, episode_batch=320.0, episode_examples=0.0))
-        assert decide(RelativeStandardError(), during, self.at, Limits()) == Decision(4, 5000.0, "guard")
+        during = known(self.quiet, tail=Tail(150.0, 0.5, episode_batch=320.0, episode_examples=0.0))
+        assert decide(RelativeStandardError(), during, self.at, Limits(), Guard()) == Decision(4, 130.0, "guard")
 
-    def test_the_pooled_channel_has_no_tail(self):
-        saw = known(self.quiet, tail=Tail(150.0, 0.5, episode_batch=320.0, episode_examples=0.0))
-        plain = decide(RelativeStandardError(channel="pooled"), saw, self.at, Limits())
-        assert plain == Decision(3, 130.0, "shrink")
+    @pytest.mark.parametrize("channel", ["typical", "pooled"])
+    def test_without_a_guard_the_tail_moves_nothing(self, channel):
+        saw = known(self.quiet, tail=Tail(1.0, 0.5, episode_batch=320.0, episode_examples=500.0))
+        assert decide(RelativeStandardError(channel=channel), saw, self.at, Limits()) == Decision(3, 130.0, "shrink")
 
     @pytest.mark.parametrize(("memory", "hold"), [(None, 320_000), (5000.0, 50_000)])
     def test_the_size_is_held_for_ten_memories(self, memory, hold):
         rule, at = RelativeStandardError(memory=memory), replace(self.at, accumulation_steps=10)
         tail = Tail(1.0, 0.5, episode_batch=320.0, episode_examples=hold - 1)
-        assert decide(rule, known(self.quiet, tail=tail), at, Limits()) == Decision(10, 130.0, "guard")
+        assert decide(rule, known(self.quiet, tail=tail), at, Limits(), Guard()) == Decision(10, 130.0, "guard")
         released = replace(tail, episode_examples=hold)
-        assert decide(rule, known(self.quiet, tail=released), at, Limits()) == Decision(8, 130.0, "shrink")
+        assert decide(rule, known(self.quiet, tail=released), at, Limits(), Guard()) == Decision(8, 130.0, "shrink")
 
     def test_a_shrink_stops_at_the_size_held(self):
         tail = Tail(1.0, 0.5, episode_batch=576.0, episode_examples=1000.0)
         at = replace(self.at, accumulation_steps=20)
-        assert decide(RelativeStandardError(), known(self.quiet, tail=tail), at, Limits()) == Decision(
+        assert decide(RelativeStandardError(), known(self.quiet, tail=tail), at, Limits(), Guard()) == Decision(
             18, 130.0, "guard"
         )
 
     def test_the_size_held_can_be_grown_from(self):
         tail = Tail(1.0, 0.5, episode_batch=256.0, episode_examples=1000.0)
         at = replace(self.at, accumulation_steps=8)
-        assert decide(RelativeStandardError(), known(self.noisy, tail=tail), at, Limits()).reason == "growth_limited"
+        assert (
+            decide(RelativeStandardError(), known(self.noisy, tail=tail), at, Limits(), Guard()).reason
+            == "growth_limited"
+        )
 
     def test_the_size_held_is_a_batch_not_a_number_of_steps(self):
         """Twice the batch, when micro-batches have become half as large, is four times the steps."""
         tail = Tail(1.0, 0.5, episode_batch=256.0, episode_examples=500.0)
         at = replace(self.at, cell_examples=32)
-        assert decide(RelativeStandardError(), known(self.quiet, tail=tail), at, Limits()).accumulation_steps == 16
+        assert (
+            decide(RelativeStandardError(), known(self.quiet, tail=tail), at, Limits(), Guard()).accumulation_steps
+            == 16
+        )
 
     floor = Response(elasticity=1.0, least_error_sq=6.0)
 
@@ -455,7 +463,7 @@ class TestChannels:
 
 class TestGuard:
     at = Progress(accumulation_steps=4, cell_examples=64)
-    saw = Evidence(tail=Tail(math.inf, 0.0, episode_batch=256.0, episode_examples=0.0))
+    saw = Evidence(tail=Tail(1.0, 0.9, episode_batch=256.0, episode_examples=500.0))
 
     def test_is_a_value(self):
         guard = Guard(skip_ratio=25.0, max_skips=0, hold=1e6)
@@ -495,10 +503,13 @@ class TestGuard:
         assert decide(Fixed(4), self.saw, self.at, Limits(max_steps=6), Guard()) == Decision(6, 256.0, "guard")
 
     def test_reacts_to_a_gradient_that_is_not_finite(self):
-        spoiled = replace(self.at, finite=False)
-        assert decide(NoiseScale(), self.saw, spoiled, Limits(), Guard()).accumulation_steps == 8
-        assert decide(NoiseScale(), self.saw, spoiled, Limits(), Guard()).reason == "guard"
-        assert decide(NoiseScale(), self.saw, spoiled, Limits()).reason == "nonfinite"
+        during = Evidence(tail=Tail(math.inf, 0.0, episode_batch=256.0, episode_examples=0.0))
+        waits = decide(NoiseScale(), during, replace(self.at, finite=False), Limits(), Guard())
+        assert (waits.accumulation_steps, waits.reason) == (4, "guard")
+        grows = decide(NoiseScale(), self.saw, self.at, Limits(), Guard())
+        assert (grows.accumulation_steps, grows.reason) == (8, "guard")
+        alone = decide(NoiseScale(), during, replace(self.at, finite=False), Limits())
+        assert (alone.accumulation_steps, alone.reason) == (4, "nonfinite")
 
     @every_rule
     @given(evidence=evidence, progress=progress, limits=limits)

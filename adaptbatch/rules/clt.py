@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from adaptbatch import noise
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress, Response
 from adaptbatch.rules.base import Limits, growth, in_python, require_positive
-from adaptbatch.rules.guard import hold_examples, tail_floor
-from adaptbatch.tails import BOUND
 
 Channel = Literal["typical", "pooled"]
 AtFloor = Literal["grow", "hold"]
@@ -40,14 +38,14 @@ class RelativeStandardError:
     :class:`Limits`.
 
     The moments are those of the *typical* channel, in which no window weighs more than ten ordinary ones
-    (:mod:`adaptbatch.tails`). The *tail* channel says whether they may be believed: where a window's gradients are a
-    hundred times longer than usual, no sampling error explains it. Once they are usual again ``k`` is at least twice
-    the size that saw it, for ten half-lives (reason ``guard``).
+    (:mod:`adaptbatch.tails`). What that cuts off, the *tail*, is reported and does not move the batch: in the
+    two-networks study growing after catastrophic gradients did not keep a run from the next one. :class:`Guard` is for
+    those who want to answer.
 
     When it is wrong: at the noise floor of a fixed learning rate ``B / n`` does not depend on ``n``, and the rule runs
     to ``max_steps``; it says ``noise_floor`` there, and holds with ``at_floor="hold"``. Gradients with infinite
-    variance have a typical noise scale below the one of their moments. Signal-to-noise is not stability: the tail
-    channel reacts to instability, it does not foresee it.
+    variance have a typical noise scale below the one of their moments. Signal-to-noise is not stability: where training
+    breaks now and then, the ordinary step may be quiet at any batch.
 
     Args:
         theta: Wanted ``sqrt(tr(Sigma) / n) / |G|`` [1]; 1 is the knee where steps and examples both cost twice their
@@ -56,7 +54,7 @@ class RelativeStandardError:
         dead_time: Examples to wait after a change; None: half the memory.
         z_grow: Standard errors of evidence a growth needs.
         z_shrink: Standard errors of evidence a shrink needs.
-        channel: ``"typical"``, or ``"pooled"`` for the plain moments without a tail channel.
+        channel: ``"typical"``, or ``"pooled"`` for the plain moments.
         at_floor: ``"grow"`` or ``"hold"``: what to do once the noise floor is diagnosed.
 
     Raises:
@@ -97,29 +95,15 @@ class RelativeStandardError:
 
     def decide(self, evidence: Evidence, progress: Progress, limits: Limits) -> Decision:
         """See the class; the reason tells which test or bound decided."""
-        if self.channel == "pooled":
-            return self._test(evidence.pooled, evidence.response, progress, limits)
-        hold = hold_examples(self.memory, progress)
-        floor = tail_floor(evidence.tail, progress, limits, hold)
-        k = progress.accumulation_steps
-        if floor > k:
-            # While gradients are still far from usual the parameters have to come back: that takes steps.
-            settled = not evidence.tail.excess > BOUND
-            return Decision(floor if settled else k, self._target(evidence.typical, progress), "guard")
-        decision = self._test(evidence.typical, evidence.response, progress, replace(limits, min_steps=floor))
-        guarded = floor > limits.lower and decision.reason == "at_min"
-        return replace(decision, reason="guard") if guarded else decision
-
-    def _test(self, pair: NoiseEstimate, response: Response, progress: Progress, limits: Limits) -> Decision:
-        """The linear test, within ``limits``."""
+        pair = evidence.pooled if self.channel == "pooled" else evidence.typical
         k, batch = progress.accumulation_steps, progress.global_batch
-        target = self._target(pair, progress)
+        target = noise.required_batch(pair, self.theta, progress.population)
         wait = self._dead_examples(progress)
         if not pair.effective_windows >= MIN_EFFECTIVE_WINDOWS:
             return Decision(k, target, "undecided")
         wanted = math.ceil(target / progress.step_examples) if math.isfinite(target) else math.inf
         noisy = self._noisy(pair, batch, progress.population)
-        if noisy and self._at_floor(response):
+        if noisy and self._at_floor(evidence.response):
             steps, _ = growth(k, wanted, limits)
             held = self.at_floor == "hold" or progress.examples_since_change < wait
             return Decision(k if held else steps, target, "noise_floor")
@@ -138,9 +122,6 @@ class RelativeStandardError:
         if smaller < k and ready and self._quiet(pair, smaller * progress.step_examples, progress.population):
             return Decision(smaller, target, "at_min" if wanted < smaller == limits.lower else "shrink")
         return Decision(k, target, "hold")
-
-    def _target(self, pair: NoiseEstimate, progress: Progress) -> float:
-        return noise.required_batch(pair, self.theta, progress.population)
 
     def _noisy(self, pair: NoiseEstimate, batch: float, population: float) -> bool:
         excess, error = noise.excess_error(pair, batch, self.theta, population)

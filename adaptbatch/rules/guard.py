@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from adaptbatch import noise
 from adaptbatch.records import Decision, Evidence, Measurement, Progress, Tail
 from adaptbatch.rules.base import Limits, in_python, require_positive
-from adaptbatch.tails import HOLD_MEMORIES
+from adaptbatch.tails import BOUND, HOLD_MEMORIES
 
 # The next size up after an exceedance.
 STEP_UP = 2.0
@@ -43,11 +43,13 @@ class Guard:
     A step is skipped when its window's ``Q / n`` is more than ``skip_ratio`` times the median of the windows before it,
     at most ``max_skips`` in a row: parameters that went astray need steps to come back, and Adam's second moment, which
     a long gradient raises, is what slows them down. After an exceedance (:data:`adaptbatch.tails.EXCEEDANCE`) or a
-    non-finite gradient the next ``k`` is at least twice the batch that saw it, for ``hold`` examples. Composes with any
-    rule, also an open-loop one: ``BatchController(..., guard=Guard())``.
+    non-finite gradient, and once gradients are usual again, ``k`` is at least twice the batch that saw the first of
+    them, for ``hold`` examples. Composes with any rule, also an open-loop one: ``BatchController(..., guard=Guard())``.
 
-    When it is wrong: where the gradient's scale really jumps tenfold, as at a change of task, it skips good steps. More
-    skips in a row did harm in pilots on the noisy network (``studies/results/two-networks/pilots.parquet``).
+    When it is wrong: where the gradient's scale really jumps tenfold, as at a change of task, it skips good steps; and
+    where instability is not noise. On the noisy network of the two-networks study neither skipping nor growing kept a
+    run whole, and both ruined some that were whole without (``studies/results/two-networks/pilots.parquet``): a batch
+    that grows under Adam is a quieter gradient over a second moment that still falls.
 
     Args:
         skip_ratio: Squared norm of a step to skip, in units of the usual one [1]; 100 is a gradient ten times longer.
@@ -63,7 +65,7 @@ class Guard:
     Example:
         >>> calm = Decision(4, 256.0, "hold")
         >>> at = Progress(accumulation_steps=4, cell_examples=64)
-        >>> Guard().react(calm, Evidence(tail=Tail(math.inf, 0.0, 256.0, 0.0)), at, Limits())
+        >>> Guard().react(calm, Evidence(tail=Tail(1.0, 0.9, 256.0, episode_examples=500.0)), at, Limits())
         Decision(accumulation_steps=8, target_batch=256.0, reason='guard')
     """
 
@@ -95,9 +97,12 @@ class Guard:
     def react(
         self, decision: Decision, evidence: Evidence, progress: Progress, limits: Limits, memory: float | None = None
     ) -> Decision:
-        """``decision``, or the smallest size that the tail channel allows."""
+        """``decision``, or the smallest size that the tail channel allows, once gradients are usual again."""
         hold = hold_examples(memory, progress) if self.hold is None else self.hold
         floor = tail_floor(evidence.tail, progress, limits, hold)
         if floor <= decision.accumulation_steps:
             return decision
-        return replace(decision, accumulation_steps=floor, reason="guard")
+        # While gradients are still far from usual the parameters have to come back: that takes steps, not examples.
+        settled = not evidence.tail.excess > BOUND
+        steps = floor if settled else max(decision.accumulation_steps, progress.accumulation_steps)
+        return replace(decision, accumulation_steps=steps, reason="guard")
