@@ -120,12 +120,13 @@ def _found(verdicts: pd.DataFrame) -> str:
     """The verdict in words."""
     rows = verdicts.set_index(["network", "arm"])
     calm, noisy = (rows.loc[name, "adaptive"] for name in ("calm", "noisy"))
+    meets = "meets" if noisy["meets"] and calm["meets"] else "does not meet"
     return (
         f"Calm: the default rule ends at {calm['of best fixed']:.3f} of the best fixed batch's loss, with a mean batch "
-        f"of {calm['mean n']:,.0f}. Noisy: at {noisy['of best fixed']:.3f}, with {noisy['of smallest']:.1%} of the spikes "
-        f"of fixed 256. That {'meets' if noisy['meets'] and calm['meets'] else 'does not meet'} what was asked in "
-        f"advance; but it does not show that the rule notices instability: its smallest window on the noisy network, two "
-        f"micro-batches of 256, is quiet already, and it stays there."
+        f"of {calm['mean n']:,.0f}. Noisy: at {noisy['of best fixed']:.3f}, with {noisy['of smallest']:.1%} of the "
+        f"spikes of fixed 256. That {meets} what was asked in "
+        f"advance; but it does not show that the rule notices instability: its smallest window on the noisy network, "
+        f"two micro-batches of 256, is quiet already, and it stays there."
     )
 
 
