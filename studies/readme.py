@@ -113,7 +113,23 @@ def networks_section() -> str:
         | {name: _number(row[name]) for name in ("above 1e2", "above 1e4", "spikes")}
         for _, row in others.iterrows()
     ]
-    return f"{markdown(rows)}\n\n{_found(verdicts)}\n\nWhat each statistic says of the fixed arms:\n\n{markdown(said)}"
+    text = f"{markdown(rows)}\n\n{_found(verdicts)}\n\n{_pilots()}\n\n"
+    return f"{text}What each statistic says of the fixed arms (medians over seeds):\n\n{markdown(said)}"
+
+
+def _pilots() -> str:
+    """What an answer to the tail did where the batch spikes from the start."""
+    pilots = pd.read_parquet(RESULTS / "two-networks" / "pilots.parquet")
+    early = pilots[pilots["network"] == "80 residual layers, micro-batch 128"].groupby("design")
+    alone, grown = (
+        early.get_group(name) for name in ("fixed 256", "tail growth at 1e4, once usual again, one doubling")
+    )
+    return (
+        f"Nor did it help to act on the tail. Started at the batch that spikes, with micro-batches of 128, and answering "
+        f"a gradient a hundred times longer than usual with one doubling, {len(grown)} pilots ended at a mean loss of "
+        f"{grown['final'].mean():.1f} with {grown['spikes'].sum()} spikes; left at 256, at {alone['final'].mean():.1f} "
+        f"with {alone['spikes'].sum()}."
+    )
 
 
 def _found(verdicts: pd.DataFrame) -> str:
