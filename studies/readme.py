@@ -125,8 +125,8 @@ def _pilots() -> str:
         early.get_group(name) for name in ("fixed 256", "tail growth at 1e4, once usual again, one doubling")
     )
     return (
-        f"Nor did it help to act on the tail. Started at the batch that spikes, with micro-batches of 128, and answering "
-        f"a gradient a hundred times longer than usual with one doubling, {len(grown)} pilots ended at a mean loss of "
+        f"Nor did it help to act on the tail. Started at the batch that spikes, with micro-batches of 128, and "
+        f"answering a gradient a hundred times longer than usual with one doubling, {len(grown)} pilots ended at a mean loss of "
         f"{grown['final'].mean():.1f} with {grown['spikes'].sum()} spikes; left at 256, at {alone['final'].mean():.1f} "
         f"with {alone['spikes'].sum()}."
     )
