@@ -126,8 +126,8 @@ def _pilots() -> str:
     )
     return (
         f"Nor did it help to act on the tail. Started at the batch that spikes, with micro-batches of 128, and "
-        f"answering a gradient a hundred times longer than usual with one doubling, {len(grown)} pilots ended at a mean loss of "
-        f"{grown['final'].mean():.1f} with {grown['spikes'].sum()} spikes; left at 256, at {alone['final'].mean():.1f} "
+        f"answering a gradient a hundred times longer than usual with one doubling, {len(grown)} pilots ended at a "
+        f"mean loss of {grown['final'].mean():.1f} with {grown['spikes'].sum()} spikes; left at 256, at {alone['final'].mean():.1f} "
         f"with {alone['spikes'].sum()}."
     )
 
