@@ -124,11 +124,11 @@ def _pilots() -> str:
     alone, grown = (
         early.get_group(name) for name in ("fixed 256", "tail growth at 1e4, once usual again, one doubling")
     )
+    ends = [f"a mean loss of {runs['final'].mean():.1f} with {runs['spikes'].sum()} spikes" for runs in (grown, alone)]
     return (
         f"Nor did it help to act on the tail. Started at the batch that spikes, with micro-batches of 128, and "
-        f"answering a gradient a hundred times longer than usual with one doubling, {len(grown)} pilots ended at a "
-        f"mean loss of {grown['final'].mean():.1f} with {grown['spikes'].sum()} spikes; left at 256, at {alone['final'].mean():.1f} "
-        f"with {alone['spikes'].sum()}."
+        f"answering a gradient a hundred times longer than usual with one doubling, {len(grown)} pilots ended at "
+        f"{ends[0]}; left at 256, at {ends[1]}."
     )
 
 
