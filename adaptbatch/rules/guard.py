@@ -48,8 +48,7 @@ class Guard:
 
     When it is wrong: where the gradient's scale really jumps tenfold, as at a change of task, it skips good steps; and
     where instability is not noise. On the noisy network of the two-networks study neither skipping nor growing kept a
-    run whole, and both ruined some that were whole without (``studies/results/two-networks/pilots.parquet``): a batch
-    that grows under Adam is a quieter gradient over a second moment that still falls.
+    run whole for sure, and both ruined some that were whole without (``studies/results/two-networks/pilots.parquet``).
 
     Args:
         skip_ratio: Squared norm of a step to skip, in units of the usual one [1]; 100 is a gradient ten times longer.
