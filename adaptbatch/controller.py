@@ -389,7 +389,8 @@ class BatchController:
                 "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
                 "(set_to_none=True) first. step() clears them itself."
             )
-        self._window = self._sensor.open_window(weight * self.accumulation_steps, self._adjustment)
+        reference = weight * self.accumulation_steps
+        self._window = self._sensor.open_window(reference, self._adjustment, self._optimizer_step)
 
     def close(self) -> None:
         """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""

@@ -93,20 +93,27 @@ class Sensor:
         """Hook what the optimizer trains, again where it was replaced; see the probes."""
         self._probe.attach(self._model, self._optimizer)
 
-    def open_window(self, reference: float, applied: Adjustment) -> OpenWindow:
+    def open_window(self, reference: float, applied: Adjustment, steps_taken: int = 0) -> OpenWindow:
         """A window that is expected to weigh ``reference``, measured in the metric of the step before.
 
         Args:
             reference: The weight a full window of equal micro-batches will have: the division at its end is by one.
             applied: The adjustment of the last step.
+            steps_taken: Optimizer steps so far, for an optimizer that counts them on a GPU: nothing waits for it.
         """
         window = OpenWindow(reference=reference)
         self._kept = WindowGradients() if self._keep_gradients else None
         if isinstance(self._probe, GradientProbe) and self._metric == "adam":
-            self._scales = metric_scales(self._optimizer, self.parameters, applied)
+            steps = steps_taken if self._counts_on_device() else None
+            self._scales = metric_scales(self._optimizer, self.parameters, applied, steps)
             self._probe.use_metric(self._scales)
             window.in_metric = None if self._scales is None else SquaredNorms()
         return window
+
+    def _counts_on_device(self) -> bool:
+        """Whether reading the optimizer's own step counts would stall the device."""
+        counts = (self._optimizer.state.get(p, {}).get("step") for p in self.parameters)
+        return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
 
     def hear(self, window: OpenWindow, loss: Tensor, weight: float) -> None:
         """Back-propagate one micro-batch and add what was heard to ``window``, which is broken if that fails."""

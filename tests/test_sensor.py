@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import adaptbatch as ab
 from adaptbatch.optimizer_state import metric_scales
+from adaptbatch.sensor import Sensor
 from tests import reference
 from tests.test_controller import batches, equal_state, run, small_model, squared
 
@@ -97,6 +98,20 @@ class TestMetric:
         expected = 0.25 + 100 / (100 / 32) ** 0.5
         assert row["noise_scale_metric"] == pytest.approx(expected, rel=0.3)
         assert controller._loop.evidence().pooled == controller._loop.metric.estimate()
+
+    def test_where_the_optimizer_counts_on_a_device_the_controllers_count_serves(self, monkeypatch):
+        """What a GPU does: the same scales, without a read."""
+        data = batches([4, 4] * 30)
+        tables = []
+        for on_device in (False, True):
+            monkeypatch.setattr(Sensor, "_counts_on_device", lambda self, answer=on_device: answer)
+            model = small_model()
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
+            controller = ab.BatchController(model, optimizer, rule=ab.Fixed(2), metric="adam")
+            run(controller, data)
+            tables.append(controller.history.to_pandas()["noise_scale_metric"])
+        assert tables[0].notna().sum() > 10
+        np.testing.assert_array_equal(*tables)
 
     def test_training_is_untouched(self):
         data = batches([6, 6] * 20)
