@@ -74,8 +74,9 @@ def _typical(axes: Axes, run: pd.DataFrame) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_ylabel("examples")
-    axes.set_title("adaptive: noise scale and batch")
-    axes.legend(loc="best", ncols=3)
+    axes.set_title("what “adaptive” did")
+    # Above the axes, beside the title: within, it would lie on a line of one network or the other.
+    axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.96), ncols=3, fontsize=8, columnspacing=1.0)
     axes.grid(axis="y", alpha=0.25)
 
 
