@@ -109,7 +109,8 @@ class BatchController:
         self._coupling = learning_rate
         self._adjustment = UNTOUCHED
         self.history = History(self._settle)
-        self._skip_nonfinite = skip_nonfinite
+        # Both leave out steps, and so have to see a window before its step.
+        self._reads_first = skip_nonfinite or guard is not None
         self._skips_in_a_row = 0
         self._started = time.perf_counter()
         self._ended = self._started
@@ -129,8 +130,7 @@ class BatchController:
             keep_gradients=bool(getattr(self.rule, "keeps_gradients", False)),
         )
         # On a GPU without the check before the step, nothing may wait for this window's numbers.
-        reads_first = skip_nonfinite or guard is not None
-        self._read_late = not reads_first and self._sensor.parameters[0].device.type == "cuda"
+        self._read_late = not self._reads_first and self._sensor.parameters[0].device.type == "cuda"
         start = Progress(
             accumulation_steps=self.limits.lower,
             population=math.inf if population is None else float(population),
@@ -293,10 +293,10 @@ class BatchController:
     def _skips(self, window: FinishedWindow) -> bool:
         """Whether the step is left out: its gradients are not finite, or the guard says so."""
         skips = False
-        if self._skip_nonfinite and not window.measurement.finite:
+        if self._reads_first and not window.measurement.finite:
             # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
             skips = not all_gradients_finite(self._sensor.parameters)
-        elif self.guard is not None and window.measurement.finite:
+        elif self.guard is not None:
             measured = window.heard.in_metric or window.measurement
             skips = self.guard.skips(measured, self._loop.typical.level, self._skips_in_a_row)
         self._skips_in_a_row = self._skips_in_a_row + 1 if skips else 0
@@ -462,6 +462,9 @@ class BatchController:
         adjustment, decision = state["adjustment"], state["decision"]
         require_keys("state['adjustment']", adjustment, asdict(UNTOUCHED))
         require_keys("state['decision']", decision, asdict(self._decision))
+        late, names = state["late_window"], ("names", "numbers", "lr", "lr_factor", "steps")
+        if late is not None:
+            require_keys("state['late_window']", late, names)
         loop = Loop.from_state_dict(state["loop"])
         # What the data set is and how it is measured belongs to this controller, not to the checkpoint.
         at = self._loop.progress
@@ -475,7 +478,7 @@ class BatchController:
         self._started = time.perf_counter() - float(state["wall_seconds"])
         self._ended = time.perf_counter()
         self._sensor.forget()
-        self._late = None if state["late_window"] is None else _late_window(**state["late_window"])
+        self._late = None if late is None else _late_window(**late)
 
     # --- refusals -----------------------------------------------------------------------------------------------
 

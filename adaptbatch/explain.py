@@ -26,7 +26,7 @@ _WHY = {
     "signal_lost": "the squared length of the gradient cannot be told from zero",
     "noise_floor": "the noise scale rises with the batch and no size is ever enough: lower the learning rate",
     "nonfinite": "the last window had no finite gradient",
-    "guard": "gradients a hundred times longer than usual were seen at a size half as large or larger",
+    "guard": "gradients a hundred times longer than usual, or not finite, were seen at half this size or more",
 }
 
 

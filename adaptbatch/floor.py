@@ -12,6 +12,7 @@ import math
 from dataclasses import astuple, dataclass
 from typing import Any, Self
 
+from adaptbatch.noise import noise_scale
 from adaptbatch.records import NoiseEstimate
 
 # A size of the climb counts once it has this many windows, and the climb once the sizes span this factor.
@@ -38,7 +39,7 @@ class Rung:
     def noise_scales(self) -> tuple[float, float]:
         """``B`` at this size, of all its windows and of the last; infinite where the signal is lost."""
         pairs = (self.noise_trace, self.grad_sq_norm), (self.recent_trace, self.recent_signal)
-        whole, recent = (trace / signal if signal > 0.0 else math.inf for trace, signal in pairs)
+        whole, recent = (noise_scale(NoiseEstimate(signal, trace)) for trace, signal in pairs)
         return whole, recent
 
     def merged(self, pair: NoiseEstimate, batch: float) -> Rung:

@@ -17,6 +17,9 @@ from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, P
 from adaptbatch.rules import Guard, Limits, Rule, decide
 from adaptbatch.tails import TypicalTracker
 
+# Half of what is known of a window's seconds is of the last hundred windows.
+SECONDS_DECAY = 2.0 ** (-1.0 / 100.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:
@@ -75,7 +78,7 @@ class Loop:
     loss_sum: float = 0.0
     loss_weight: float = 0.0
     lr: float = math.nan
-    seconds_each: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    seconds_each: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
     def counted(
         self,
@@ -110,8 +113,7 @@ class Loop:
             finite=finite,
         )
         each = (1.0, global_batch, step_seconds, seconds)
-        kept = 2.0 ** (-1.0 / 100.0)
-        times = tuple(kept * old + new for old, new in zip(self.seconds_each, each, strict=True))
+        times = tuple(SECONDS_DECAY * old + new for old, new in zip(self.seconds_each, each, strict=True))
         return replace(self, progress=progress, seconds_each=times)
 
     def memory(self, rule: Rule) -> float:
@@ -156,7 +158,7 @@ class Loop:
 
     def _phased(self, window: Measurement, memory: float) -> Loop:
         """The phase one window later, each product in units of its own window: the sign is what counts."""
-        unit = window.weighted_sq_norms / window.global_batch
+        unit = window.mean_sq_norm
         if not (unit > 0.0 and math.isfinite(window.consecutive_product)):
             return self
         product = NoiseEstimate(window.consecutive_product / unit, 0.0, degrees_of_freedom=1.0)
@@ -215,9 +217,14 @@ class Loop:
         require_keys("state", state, (item.name for item in fields(cls)))
         values = dict(state)
         for name, kind in _TRACKERS.items():
-            require_keys(f"state[{name!r}]", state[name], kind().state_dict())
+            known = kind().state_dict()
+            require_keys(f"state[{name!r}]", state[name], known)
+            if "pooled" in known:
+                require_keys(f"state[{name!r}]['pooled']", state[name]["pooled"], known["pooled"])
             values[name] = kind.from_state_dict(state[name])
         require_keys("state['progress']", state["progress"], asdict(Progress()))
+        if state["window"] is not None:
+            require_keys("state['window']", state["window"], (item.name for item in fields(Measurement)))
         values["progress"] = Progress(**state["progress"])
         values["window"] = None if state["window"] is None else Measurement(**state["window"])
         values["seconds_each"] = tuple(float(value) for value in state["seconds_each"])

@@ -48,6 +48,11 @@ class Measurement:
     consecutive_product: float = math.nan
 
     @property
+    def mean_sq_norm(self) -> float:
+        """``Q / n``: mean squared norm of the cells' gradients, ``|G|^2 + tr(Sigma) / b`` in expectation [g^2]."""
+        return self.weighted_sq_norms / self.global_batch
+
+    @property
     def finite(self) -> bool:
         """Whether both squared norms are finite; a window where they are not is evidence of nothing."""
         return math.isfinite(self.weighted_sq_norms) and math.isfinite(self.batch_sq_norm)

@@ -74,7 +74,7 @@ class TypicalTracker:
             window: Its squared norms.
             memory: Half-life [examples].
         """
-        own = window.weighted_sq_norms / window.global_batch
+        own = window.mean_sq_norm
         level = self.level
         excess = own / level if level > 0.0 else math.nan
         aged = replace(

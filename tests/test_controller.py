@@ -480,11 +480,15 @@ class TestState:
             ({"version": 99}, r"state must have version 3, got version = 99; it was saved by another release"),
             ({"surplus": 1}, r"state must have exactly the known keys, got unknown \['surplus'\] and missing \[\]"),
             (
+                {"late_window": {"names": []}},
+                r"state\['late_window'\] must have exactly the known keys, got unknown \[\] and missing \['lr'",
+            ),
+            (
                 {"loop": Loop(Progress()).state_dict() | {"pooled": {}}},
                 r"state\['pooled'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
             ),
         ],
-        ids=["version", "unknown", "pooled"],
+        ids=["version", "unknown", "late", "pooled"],
     )
     def test_refuses_a_state_that_is_not_its_own(self, change, message):
         model = small_model()

@@ -124,6 +124,15 @@ class TestState:
         ):
             Loop.from_state_dict(state | {name: state[name] | {"x": 1.0}})
 
+    @pytest.mark.parametrize(("outer", "inner"), [("typical", "pooled"), ("window", None)])
+    def test_refuses_other_keys_further_down(self, outer, inner):
+        state = filled().state_dict()
+        place = state[outer] if inner is None else state[outer][inner]
+        changed = place | {"x": 1.0} if inner is None else state[outer] | {inner: place | {"x": 1.0}}
+        name = rf"state\['{outer}'\]" + ("" if inner is None else rf"\['{inner}'\]")
+        with pytest.raises(ValueError, match=rf"{name} must have exactly the known keys, got unknown \['x'\]"):
+            Loop.from_state_dict(state | {outer: changed})
+
 
 def test_a_decision_changes_nothing_that_was_measured():
     loop = filled()

@@ -293,6 +293,16 @@ class TestGuard:
         assert rows.loc[rows["skipped"], "reason"].tolist() == ["guard"]
         assert rows["accumulation_steps"].iloc[-2] == 2
 
+    def test_it_skips_what_is_not_finite_whatever_the_controller_was_told(self):
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        controller = ab.BatchController(model, optimizer, rule=ab.Fixed(1), guard=ab.Guard(), skip_nonfinite=False)
+        data = self.data([])
+        data[40][0, 0] = math.nan
+        run(controller, data)
+        assert controller.history.to_pandas()["skipped"].sum() == 1
+        assert all(p.isfinite().all() for p in model.parameters())
+
     def test_without_one_nothing_is_skipped(self):
         model = small_model()
         controller = ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=1e-3), rule=ab.Fixed(1))

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from adaptbatch import noise
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress, Response
-from adaptbatch.rules.base import Limits, growth, in_python, require_positive
+from adaptbatch.rules.base import Limits, growth, in_python, require_memory, require_positive
 
 Channel = Literal["typical", "pooled"]
 AtFloor = Literal["grow", "hold"]
@@ -79,8 +79,7 @@ class RelativeStandardError:
 
     def __post_init__(self) -> None:
         require_positive("theta", self.theta, "1.0 lets the error equal the gradient's length")
-        if self.memory is not None:
-            require_positive("memory", self.memory, "None takes max(500 b, 10 n) examples")
+        require_memory(self.memory)
         if self.dead_time is not None and not (self.dead_time >= 0.0 and math.isfinite(self.dead_time)):
             raise ValueError(
                 f"dead_time must be finite and not negative, got dead_time = {self.dead_time!r}; None takes memory / 2."

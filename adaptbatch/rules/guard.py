@@ -91,7 +91,7 @@ class Guard:
             level: Median ``Q / n`` of the windows before it [g^2]; NaN while unknown.
             skipped: Steps left out directly before this one.
         """
-        return skipped < self.max_skips and window.weighted_sq_norms > self.skip_ratio * level * window.global_batch
+        return skipped < self.max_skips and window.mean_sq_norm > self.skip_ratio * level
 
     def react(
         self, decision: Decision, evidence: Evidence, progress: Progress, limits: Limits, memory: float | None = None
