@@ -29,8 +29,10 @@ from adaptbatch.rules import (
     Seesaw,
     decide,
 )
+from adaptbatch.schedule import ScheduleDriver
+from adaptbatch.watch import Logger, ProgressLine, TensorBoardLogger, WandbLogger
 
-__version__ = "0.1.0.dev3"
+__version__ = "0.1.0.dev4"
 
 __all__ = [
     "CABS",
@@ -46,6 +48,7 @@ __all__ = [
     "InnerProductTest",
     "LearningRate",
     "Limits",
+    "Logger",
     "Measurement",
     "NoiseEstimate",
     "NoiseScale",
@@ -53,14 +56,18 @@ __all__ = [
     "NormTest",
     "Pareto",
     "Progress",
+    "ProgressLine",
     "Ramp",
     "RelativeStandardError",
     "Replay",
     "Response",
     "Rule",
     "Schedule",
+    "ScheduleDriver",
     "Seesaw",
     "Tail",
+    "TensorBoardLogger",
+    "WandbLogger",
     "decide",
     "noise",
 ]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def require_single_process(model: nn.Module) -> None:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
+def require_scaler(scaler: object) -> None:
+    missing = [name for name in ("scale", "unscale_", "step", "update") if not hasattr(scaler, name)]
+    if scaler is not None and missing:
         raise ValueError(
-            f"model must be trained by a single process, got a world of {torch.distributed.get_world_size()} ranks "
-            f"({type(model).__name__}); this release measures one process."
+            f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__} without {missing}; without "
+            f"loss scaling (bfloat16, float32) leave it out."
         )
 
 

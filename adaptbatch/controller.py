@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from adaptbatch import noise
-from adaptbatch.checks import checked_weight, require_scalar_loss, require_single_process
+from adaptbatch.checks import checked_weight, require_scalar_loss, require_scaler
+from adaptbatch.distributed import Ranks, Sync
 from adaptbatch.explain import explain
 from adaptbatch.history import History, decision_row
 from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
@@ -25,9 +29,12 @@ from adaptbatch.probe import all_gradients_finite
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule
 from adaptbatch.sensor import Metric, Sensor
-from adaptbatch.window import FinishedWindow, HostCopy, OpenWindow
+from adaptbatch.stream import Stream
+from adaptbatch.window import OPEN_STATE, FinishedWindow, HostCopy, OpenWindow
 
-STATE_VERSION = 3
+STATE_VERSION = 4
+# Windows between two measurements of how much the ranks' data differ, each of which costs one more norm.
+SHARDS_EVERY = 16
 
 Item = TypeVar("Item")
 
@@ -40,7 +47,8 @@ class BatchController:
     every ``k``. The next ``k`` is decided by ``rule`` from finished windows only.
 
     Args:
-        model: The module being trained, in a single process.
+        model: The module being trained: plain, wrapped in DistributedDataParallel, given to ``fully_shard`` (FSDP2),
+            compiled.
         optimizer: Its optimizer; the trainable parameters in its groups are measured.
         rule: Any :class:`~adaptbatch.rules.Rule`; None is ``RelativeStandardError()``.
         limits: Bounds on ``k``; None is ``Limits()``.
@@ -51,6 +59,10 @@ class BatchController:
             is the target (finite-population correction); in the unit of the weights. None: unlimited.
         ghost: Measure every example on its own, so that one micro-batch holds evidence and ``k`` may be 1; for models
             of the layers that :class:`~adaptbatch.ghost.GhostProbe` knows. ``weight`` is then the number of examples.
+        scaler: The loop's ``torch.amp.GradScaler``: :meth:`backward` scales, statistics and ``.grad`` are unscaled in
+            :meth:`normalize_`, :meth:`step` steps through it and updates it.
+        process_group: The ranks that share each step; None: DDP's own, or the default group.
+        sync: With several ranks, synchronise gradients in a window's ``"last"`` micro-batch or in ``"every"`` one.
         learning_rate: Couples the learning rate, ``beta2`` or the second moment to the batch for the time of each
             step, unseen by schedulers; None couples nothing.
         guard: Answers exceedances of the usual gradient, and gradients that are not finite, by skipping and growing,
@@ -92,9 +104,12 @@ class BatchController:
         learning_rate: LearningRate | None = None,
         guard: Guard | None = None,
         phase: bool = False,
+        scaler: GradScaler | None = None,
+        process_group: Any = None,
+        sync: Sync = "last",
         skip_nonfinite: bool = True,
     ) -> None:
-        require_single_process(model)
+        require_scaler(scaler)
         if population is not None and not population >= 1.0:
             raise ValueError(
                 f"population must be at least 1 example, got population = {population!r}; None: unlimited."
@@ -102,16 +117,21 @@ class BatchController:
         self.model = model
         self.optimizer = optimizer
         self.rule: Rule = RelativeStandardError() if rule is None else rule
-        self.limits = (Limits() if limits is None else limits).resolve(self.rule, world_size=1, by_example=ghost)
+        self._ranks = ranks = Ranks(model, process_group, sync)
+        limits = Limits() if limits is None else limits
+        self.limits = limits.resolve(self.rule, world_size=ranks.world_size, by_example=ghost)
         if learning_rate is not None:
             require_coupling(optimizer, learning_rate)
         self.guard = guard
         self._coupling = learning_rate
         self._adjustment = UNTOUCHED
         self.history = History(self._settle)
-        # Both leave out steps, and so have to see a window before its step.
-        self._reads_first = skip_nonfinite or guard is not None
+        self._scaler = scaler
+        # All leave out steps, and so have to see a window before its step; several ranks see it when they agree on it.
+        self._reads_first = skip_nonfinite or guard is not None or scaler is not None or ranks.several
+        self._skips_nonfinite = skip_nonfinite or scaler is not None
         self._skips_in_a_row = 0
+        self._seconds = (0.0, 0.0)
         self._started = time.perf_counter()
         self._ended = self._started
         self._closed = False
@@ -119,8 +139,10 @@ class BatchController:
         self._backward_passes = 0
         self._late: FinishedWindow | None = None
         self._window = OpenWindow()
-        self._last_micro_batch = False
-        self._scope_used: bool | None = None
+        self._stream = Stream(ranks, lambda: self._window.cells + 1 >= self.accumulation_steps)
+        self._restored: Mapping[str, Any] | None = None
+        self._clippable = False
+        self._shared: dict[str, float] = {}
         self._sensor = Sensor(
             model,
             optimizer,
@@ -128,6 +150,7 @@ class BatchController:
             ghost=ghost,
             phase=phase,
             keep_gradients=bool(getattr(self.rule, "keeps_gradients", False)),
+            ranks=ranks,
         )
         # On a GPU without the check before the step, nothing may wait for this window's numbers.
         self._read_late = not self._reads_first and self._sensor.parameters[0].device.type == "cuda"
@@ -135,6 +158,7 @@ class BatchController:
             accumulation_steps=self.limits.lower,
             population=math.inf if population is None else float(population),
             by_example=ghost,
+            world_size=ranks.world_size,
         )
         self._loop, self._decision = Loop(start).decided(self.rule, self.limits)
         # The first size is no change of one.
@@ -146,6 +170,16 @@ class BatchController:
         return self._loop.progress.accumulation_steps
 
     @property
+    def examples_seen(self) -> float:
+        """Sum of all weights in finished windows, on all ranks, skipped ones included."""
+        return self._loop.progress.examples_seen
+
+    @property
+    def unused_micro_batches(self) -> int:
+        """This rank's micro-batches that were left over so far because another rank had no more."""
+        return self._stream.unused
+
+    @property
     def step_due(self) -> bool:
         """Whether the window has all its micro-batches and :meth:`step` is the next call."""
         return self._window.due
@@ -153,35 +187,40 @@ class BatchController:
     # --- the loop -----------------------------------------------------------------------------------------------
 
     def micro_batches(self, loader: Iterable[Item]) -> Iterator[Item]:
-        """Iterate over ``loader``, one item ahead, so that its last item closes the last, possibly partial, window."""
-        items = iter(loader)
-        missing = object()
-        upcoming: Any = next(items, missing)
-        try:
-            while upcoming is not missing:
-                item, upcoming = upcoming, next(items, missing)
-                self._last_micro_batch = upcoming is missing
-                self._scope_used = False
-                yield item
-        finally:
-            self._last_micro_batch, self._scope_used = False, None
+        """Iterate over ``loader`` so that its last item closes the last, possibly partial, window.
+
+        Each item comes in a scope of its own, which synchronises ranks in a window's last. Ranks end together: when one
+        has no next micro-batch, the others warn of what they have left over (:attr:`unused_micro_batches`).
+        """
+        return self._stream.items(loader)
+
+    def loader_state_dict(self) -> Any:
+        """State of the loader that :meth:`micro_batches` iterates, for a checkpoint: as of the item handed out last.
+
+        It looks one item ahead, so that ``loader.state_dict()`` itself may be one too far.
+
+        Raises:
+            RuntimeError: If no loader with a ``state_dict()`` was iterated.
+        """
+        return self._stream.loader_state_dict()
 
     @contextmanager
-    def micro_batch(self) -> Iterator[None]:
+    def micro_batch(self, last: bool = False) -> Iterator[None]:
         """The scope of one micro-batch, forward and backward: at most one :meth:`backward` inside.
+
+        Args:
+            last: Whether it is the last of the data, which ends its window. Ranks have to know before it; one process
+                may also call :meth:`close_window` after it.
 
         Raises:
             RuntimeError: If scopes are nested.
         """
-        if self._scope_used is not None:
+        if self._stream.used is not None:
             raise RuntimeError(
                 "micro_batch() scopes must not be nested; micro_batches(loader) opens one for each item."
             )
-        self._scope_used = False
-        try:
+        with self._stream.scope(last):
             yield
-        finally:
-            self._scope_used = None
 
     def backward(self, loss: Tensor, weight: float) -> None:
         """Back-propagate one micro-batch and hear its gradient.
@@ -196,24 +235,40 @@ class BatchController:
                 window, the optimizer does not hold the model's parameters, or no gradient arrived. After an error
                 within the backward pass the window's gradients are incomplete: :meth:`discard_window`.
         """
+        with self.hear(loss, weight) as weighted:
+            scaled = weighted if self._scaler is None else self._scaler.scale(weighted)
+            scaled.backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def hear(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
+        """:meth:`backward` for a trainer that has a call of its own: back-propagate what this yields, once, inside.
+
+        A ``scaler`` is left to that call. Arguments and errors are those of :meth:`backward`.
+        """
         self._require_open()
         weight = checked_weight(weight)
         require_scalar_loss(loss)
         self._require_whole()
         if self._window.due:
             raise RuntimeError("a step is due: call step() before the next backward().")
-        if self._scope_used:
+        if self._stream.used:
             raise RuntimeError(
                 "one micro-batch takes one backward(): add its losses, or open a micro_batch() for each."
             )
+        self._restore()
         if self._window.cells == 0:
-            self._open_window(weight)
-        window = self._window
-        self._sensor.hear(window, loss, weight)
+            self._open_window(loss, weight)
+        window, closes = self._window, self._stream.closes
+        # Where every micro-batch synchronises, .grad is never this rank's own.
+        local = not self._ranks.synchronises(last=False)
+        sums = local and closes and self._loop.progress.window % SHARDS_EVERY == 0
+        with self._sensor.hearing(window, loss, weight, sums) as weighted:
+            yield weighted
         self._backward_passes += 1
-        if self._scope_used is not None:
-            self._scope_used = True
-        window.due = self._last_micro_batch or window.cells >= self.accumulation_steps
+        if self._stream.used is not None:
+            self._stream.used = True
+        window.synced = self._ranks.synchronises(closes)
+        window.due = self._stream.last or window.cells >= self.accumulation_steps
 
     def close_window(self) -> None:
         """End the window with the micro-batches it has: ``step_due`` is true afterwards, unless it has none.
@@ -221,32 +276,69 @@ class BatchController:
         At the end of a hand-written loop, whose last window may be partial or just over.
 
         Raises:
-            RuntimeError: If the window's last backward pass failed.
+            RuntimeError: If the window's last backward pass failed, or did not synchronise the ranks.
         """
         self._require_whole()
+        if self._window.cells and not self._window.synced:
+            raise RuntimeError(
+                "close_window() is too late on several ranks: the window's last micro-batch did not synchronise its "
+                "gradients; announce it with micro_batch(last=True), or iterate micro_batches(loader)."
+            )
         self._window.due = self._window.cells > 0
 
     def discard_window(self) -> None:
         """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""
         self.optimizer.zero_grad()
-        self._window = OpenWindow()
+        self._window, self._restored = OpenWindow(), None
         self._sensor.forget()
 
-    def normalize_(self) -> Tensor:
+    def normalize_(self, *, unscale: bool = True) -> Tensor:
         """Turn the accumulated gradients into the exact weighted mean, once; then is the time to clip.
 
+        With a ``scaler`` they are unscaled too. On several ranks this is where the window's one all-reduce is.
+
+        Args:
+            unscale: False leaves the loss scale in ``.grad``, for a trainer that unscales it later.
+
         Returns:
-            The norm of that mean gradient, before clipping: a scalar on the device.
+            The norm of that mean gradient, before clipping and without a loss scale: a scalar tensor.
 
         Raises:
-            RuntimeError: If no step is due.
+            RuntimeError: If no step is due, or ranks disagree or died.
         """
         self._require_due("normalize_()")
-        window = self._window
-        if window.norms.batch is None:
-            self._sensor.normalize_(window)
-        assert window.norms.batch is not None
-        return window.norms.batch.sqrt()
+        self._clippable = True
+        self._normalize(unscale)
+        assert self._window.norms.batch is not None
+        return self._window.norms.batch.sqrt()
+
+    def _normalize(self, unscale: bool = True) -> None:
+        self._restore()
+        if self._window.norms.batch is not None:
+            return
+        if self._scaler is not None and unscale:
+            self._scaler.unscale_(self.optimizer)
+        self._shared = self._sensor.normalize_(self._window, self._note(), scaled=not unscale)
+        if self._ranks.several:
+            self._require_agreement()
+            if self._shared["more"] < self._ranks.world_size:
+                self._stream.end()
+
+    def _note(self) -> dict[str, float]:
+        """What the ranks tell each other beside the sums: whether they go on, how long they took, that they agree."""
+        k, decision = self.accumulation_steps, self._decision
+        digest = zlib.crc32(repr((k, decision.target_batch, decision.reason, self.examples_seen)).encode())
+        note = {"steps": k, "sq_steps": k**2, "digest": digest, "more": not self._stream.last}
+        return {name: float(value) for name, value in note.items()} | dict(zip(_SECONDS, self._seconds, strict=True))
+
+    def _require_agreement(self) -> None:
+        """By construction all ranks decide alike, from the same numbers; this proves it in every window."""
+        world, shared, own = self._ranks.world_size, self._shared, self._note()
+        if world * shared["sq_steps"] != shared["steps"] ** 2 or shared["digest"] != world * own["digest"]:
+            raise RuntimeError(
+                f"rank {self._ranks.rank} disagrees with the others: it takes {self.accumulation_steps} accumulation "
+                f"steps, the mean is {shared['steps'] / world:g}. Give every rank the same rule, limits and checkpoint."
+            )
 
     def step(self) -> Decision:
         """Normalise if that is not done, take the optimizer step, clear the gradients, record, choose the next ``k``.
@@ -258,17 +350,40 @@ class BatchController:
             RuntimeError: If no step is due.
         """
         self._require_due("step()")
-        self.normalize_()
+        self._normalize()
         began = time.perf_counter()
-        window = self._window.finished(self.optimizer.param_groups[0]["lr"])
+        window = self._finished()
         skipped = self._skips(window)
         applied = UNTOUCHED if skipped else self._take_step()
-        window.lr_factor = applied.lr_factor
-        window.steps = window.cells if window.cells == self.accumulation_steps else 0
+        if self._scaler is not None:
+            self._scaler.update()
         self.optimizer.zero_grad()
-        seconds = (time.perf_counter() - began, began - self._ended)
-        self._ended = began + seconds[0]
-        return self._finish(window, applied, skipped, seconds)
+        return self._finish(window, applied, skipped, began)
+
+    def record_step(self, *, skipped: bool = False) -> Decision:
+        """:meth:`step` for a trainer that stepped the optimizer and cleared the gradients itself: record and decide.
+
+        Args:
+            skipped: Whether the trainer left the step out.
+
+        Raises:
+            RuntimeError: If no step is due, or :meth:`normalize_` was not called before the trainer's step.
+        """
+        self._require_due("record_step()")
+        if self._window.norms.batch is None:
+            raise RuntimeError("record_step() needs normalize_() before the optimizer's step: .grad was not the mean.")
+        # Whatever the trainer clipped is gone with the gradients.
+        self._clippable = False
+        return self._finish(self._finished(), UNTOUCHED, skipped, time.perf_counter())
+
+    def _finished(self) -> FinishedWindow:
+        """The due window's numbers; with the norm after clipping where there was time to clip."""
+        if self._clippable:
+            self._window.extra["applied_sq_norm"] = self._sensor.applied_sq_norm()
+        self._clippable = False
+        window = self._window.finished(self.optimizer.param_groups[0]["lr"])
+        window.steps = window.cells if window.all_cells == self.accumulation_steps * self._ranks.world_size else 0
+        return window
 
     def explain(self) -> str:
         """Why ``k`` is what it is, in three sentences: what was measured, what was decided, what speaks against it."""
@@ -285,7 +400,8 @@ class BatchController:
         Raises:
             RuntimeError: If no step is due, examples are not measured, or the window has several micro-batches.
         """
-        self.normalize_()
+        self._require_due("layer_noise()")
+        self._normalize()
         population = self._loop.progress.population
         parts = self._sensor.layer_measurements(self._window)
         return {name: noise.estimate(part, population) for name, part in parts.items()}
@@ -295,7 +411,8 @@ class BatchController:
         skips = False
         if self._reads_first and not window.measurement.finite:
             # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
-            skips = not all_gradients_finite(self._sensor.parameters)
+            finite = self._ranks.everyone(all_gradients_finite(self._sensor.parameters))
+            skips = not finite and (self._skips_nonfinite or self.guard is not None)
         elif self.guard is not None:
             measured = window.heard.in_metric or window.measurement
             skips = self.guard.skips(measured, self._loop.typical.level, self._skips_in_a_row)
@@ -305,31 +422,39 @@ class BatchController:
     def _take_step(self) -> Adjustment:
         """The optimizer's step, under the coupling's adjustment for the batch as it was decided."""
         if self._coupling is None:
-            self.optimizer.step()
+            self._step_optimizer()
             return UNTOUCHED
         progress = self._loop.progress
         known = not math.isnan(progress.cell_examples)
-        cell = progress.cell_examples if known else self._window.weight / self._window.cells
-        batch, evidence = progress.accumulation_steps * cell, self._loop.pooled.estimate()
+        cell = progress.cell_examples if known else self._window.weight / self._window.all_cells
+        batch, evidence = progress.accumulation_steps * cell * progress.world_size, self._loop.pooled.estimate()
         adjustment = self._coupling.adjust(batch, evidence, self._adjustment, progress.population)
         with scaled_step(self.optimizer, adjustment, self._adjustment):
-            self.optimizer.step()
+            self._step_optimizer()
         self._adjustment = adjustment
         return adjustment
 
+    def _step_optimizer(self) -> None:
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+
     # --- the end of a window ------------------------------------------------------------------------------------
 
-    def _finish(
-        self, window: FinishedWindow, applied: Adjustment, skipped: bool, seconds: tuple[float, float]
-    ) -> Decision:
+    def _finish(self, window: FinishedWindow, applied: Adjustment, skipped: bool, began: float) -> Decision:
         """Count, pool, decide, record: floats only from here on."""
         self._window = OpenWindow()
+        window.lr_factor = applied.lr_factor
+        now = time.perf_counter()
+        seconds = self._timed(now - began, began - self._ended)
+        self._ended = now
         heard = [waiting for waiting in (self._late, window) if waiting is not None]
         # The newest window stays behind until the next one ends where nothing may wait for it.
         self._late = heard.pop() if self._read_late else None
         self._optimizer_step += not skipped
         finite = all(one.measurement.finite for one in heard)
-        loop = self._loop.counted(window.global_batch, window.cells, window.largest, finite, *seconds)
+        loop = self._loop.counted(window.global_batch, window.all_cells, window.largest, finite, *seconds)
         memory = loop.memory(self.rule)
         for one in heard:
             if one.measurement.finite:
@@ -341,6 +466,13 @@ class BatchController:
         for one in heard:
             self._amend(one)
         return self._decision
+
+    def _timed(self, step: float, rest: float) -> tuple[float, ...]:
+        """Seconds of the step and of the rest: of several ranks their mean, as they told it one window later."""
+        self._seconds = (step, rest)
+        if not self._ranks.several:
+            return self._seconds
+        return tuple(self._shared[name] / self._ranks.world_size for name in _SECONDS)
 
     def _record(self, window: FinishedWindow, evidence: Evidence, applied: Adjustment, skipped: bool) -> None:
         self.history.append(
@@ -372,6 +504,8 @@ class BatchController:
                 "grad_sq_norm": pair.grad_sq_norm,
                 "noise_trace": pair.noise_trace,
                 "consecutive_product": measured.consecutive_product,
+                "batch_grad_norm": math.sqrt(measured.batch_sq_norm),
+                "applied_grad_norm": math.sqrt(window.applied_sq_norm),
             },
         )
         window.row = None
@@ -382,15 +516,31 @@ class BatchController:
 
     # --- parameters and hooks -----------------------------------------------------------------------------------
 
-    def _open_window(self, weight: float) -> None:
+    def _open_window(self, loss: Tensor, weight: float) -> None:
         self._sensor.attach()
         if any(p.grad is not None for p in self._sensor.parameters):
             raise RuntimeError(
                 "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
                 "(set_to_none=True) first. step() clears them itself."
             )
-        reference = weight * self.accumulation_steps
+        reference = self._expected_weight(weight) * self.accumulation_steps
         self._window = self._sensor.open_window(reference, self._adjustment, self._optimizer_step)
+        if self._scaler is not None:
+            # Reading the scale itself would wait for the device; it changes between windows only.
+            self._window.scale = self._scaler.scale(torch.ones((), device=loss.device))
+
+    def _expected_weight(self, weight: float) -> float:
+        """Of a micro-batch in the window that opens with ``weight``; the same on all ranks."""
+        if not self._ranks.several:
+            return weight
+        known = self._loop.progress.cell_examples
+        return self._ranks.sum({"weight": weight})["weight"] / self._ranks.world_size if math.isnan(known) else known
+
+    def _restore(self) -> None:
+        """Put a checkpoint's gradients in place, once model and optimizer have been loaded as well."""
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            self._sensor.load_state_dict(state, self._window, self._adjustment, self._optimizer_step)
 
     def close(self) -> None:
         """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""
@@ -417,15 +567,17 @@ class BatchController:
     # --- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next decision depends on, in plain ints, floats and lists; between windows only.
+        """Everything the next decision depends on, in plain ints, floats, lists and tensors, between any micro-batches.
 
-        History rows are not in it (``history.to_parquet()`` keeps them); their numbering goes on after a load.
+        Within a window it holds copies of the gradients so far. History rows are not in it (``history.to_parquet()``
+        keeps them); their numbering goes on after a load.
 
         Raises:
-            RuntimeError: If a window is open: its gradients live in ``.grad``, which no checkpoint of model and
-                optimizer holds.
+            RuntimeError: Between :meth:`normalize_` and :meth:`step`, after a failed backward pass, or within a window
+                of several ranks.
         """
-        self._require_between_windows("state_dict()")
+        self._require_resumable("state_dict()")
+        self._restore()
         late = None
         if self._late is not None:
             numbers = [self._late.global_batch, float(self._late.pieces), *self._late.values.read()]
@@ -441,12 +593,15 @@ class BatchController:
             "decision": asdict(self._decision),
             "adjustment": asdict(self._adjustment),
             "late_window": late,
+            "window": self._window.state_dict() if self._window.cells else None,
+            "sensor": self._sensor.state_dict(self._window),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken, to the last bit.
+        """Go on where :meth:`state_dict` was taken, to the last bit (ghost norms: estimates to rounding).
 
-        With ``phase=True`` the first inner product after it is missing: a gradient is not part of the state.
+        Model and optimizer may be loaded before or after it; gradients of an open window are put in place at the next
+        micro-batch.
 
         Raises:
             ValueError: If the version or a key is unknown, or a key is missing; nothing is changed then.
@@ -465,10 +620,20 @@ class BatchController:
         late, names = state["late_window"], ("names", "numbers", "lr", "lr_factor", "steps")
         if late is not None:
             require_keys("state['late_window']", late, names)
+        require_keys("state['sensor']", state["sensor"], ("gradients", "kept", "previous"))
+        window = state["window"]
+        if window is not None:
+            require_keys("state['window']", window, OPEN_STATE)
+        if window is not None and self._ranks.several:
+            raise ValueError(
+                f"state must be of between windows for several ranks, got one with {window['cells']} micro-batches of "
+                f"an open window; save it right after step()."
+            )
         loop = Loop.from_state_dict(state["loop"])
         # What the data set is and how it is measured belongs to this controller, not to the checkpoint.
         at = self._loop.progress
         progress = replace(loop.progress, population=at.population, by_example=at.by_example)
+        progress = replace(progress, world_size=at.world_size)
         self._loop = replace(loop, progress=progress)
         self._decision = Decision(**decision)
         self._adjustment = Adjustment(**adjustment)
@@ -478,6 +643,9 @@ class BatchController:
         self._started = time.perf_counter() - float(state["wall_seconds"])
         self._ended = time.perf_counter()
         self._sensor.forget()
+        device = self._sensor.parameters[0].device
+        self._window = OpenWindow() if window is None else OpenWindow.from_state_dict(window, device)
+        self._restored = state["sensor"]
         self._late = None if late is None else _late_window(**late)
 
     # --- refusals -----------------------------------------------------------------------------------------------
@@ -502,11 +670,23 @@ class BatchController:
         if self._window.cells or self._window.broken:
             raise RuntimeError(
                 f"{call} is for between windows, got one with {self._window.cells} of {self.accumulation_steps} "
-                f"micro-batches, whose gradients a checkpoint would lose; call it right after step()."
+                f"micro-batches; call it before the first backward(), or right after step() or discard_window()."
+            )
+
+    def _require_resumable(self, call: str) -> None:
+        self._require_whole()
+        if self._window.norms.batch is not None:
+            raise RuntimeError(f"{call} is too late between normalize_() and step(); call it before, or after step().")
+        if self._ranks.several and self._window.cells:
+            raise RuntimeError(
+                f"{call} is for between windows on several ranks, got one with {self._window.cells} of "
+                f"{self.accumulation_steps} micro-batches, whose gradients are not synchronised; call it right after "
+                f"step()."
             )
 
 
 _NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
+_SECONDS = ("step_seconds", "seconds")
 
 
 def _late_window(

@@ -27,13 +27,13 @@ class WindowGradients:
     """
 
     def __init__(self) -> None:
-        self._sums: list[list[Tensor | None]] = []
-        self._weights: list[float] = []
+        self.sums: list[list[Tensor | None]] = []
+        self.weights: list[float] = []
 
     def add(self, parameters: Sequence[Parameter], weight: float) -> None:
         """Copy the gradient accumulated so far, after a micro-batch of ``weight``."""
-        self._sums.append([None if p.grad is None else _dense(p.grad).clone() for p in parameters])
-        self._weights.append(weight)
+        self.sums.append([None if p.grad is None else _dense(p.grad).clone() for p in parameters])
+        self.weights.append(weight)
 
     def radial_sq_norms(self, parameters: Sequence[Parameter], reference: float) -> Tensor:
         """``sum_c w_c <g_c, g>^2 / |g|^2`` with ``g`` the normalised mean in ``.grad``; a float64 scalar on the device.
@@ -43,10 +43,10 @@ class WindowGradients:
             reference: What the accumulated sums are to be multiplied by to become sums over examples.
         """
         mean = [None if p.grad is None else _dense(p.grad) for p in parameters]
-        ahead = torch.stack([inner_product(sums, mean) for sums in self._sums]) * reference
+        ahead = torch.stack([inner_product(sums, mean) for sums in self.sums]) * reference
         # <w_c g_c, g>, from sums that hold all micro-batches so far.
         own = torch.diff(ahead, prepend=ahead.new_zeros(1))
-        weights = torch.tensor(self._weights, dtype=own.dtype, device=own.device)
+        weights = torch.tensor(self.weights, dtype=own.dtype, device=own.device)
         return (own.square() / weights).sum() / inner_product(mean, mean)
 
 
@@ -58,29 +58,30 @@ class PreviousGradient:
         >>> weight.grad = torch.tensor([3.0])
         >>> previous.product([weight]) is None
         True
+        >>> previous.keep([weight])
         >>> previous.product([weight]).item()
         9.0
     """
 
     def __init__(self) -> None:
-        self._gradients: list[Tensor | None] = []
+        self.gradients: list[Tensor | None] = []
 
     def product(self, parameters: Sequence[Parameter]) -> Tensor | None:
-        """``<g, g'>`` of the gradients in ``.grad`` and those at the last call, which they replace; None at the first.
-
-        Also None where the parameters are others than they were.
-        """
+        """``<g, g'>`` of the gradients in ``.grad`` and those kept; None at first, or of other parameters."""
         present = [None if p.grad is None else _dense(p.grad) for p in parameters]
-        known = [None if g is None else g.shape for g in self._gradients] == [
+        known = [None if g is None else g.shape for g in self.gradients] == [
             None if g is None else g.shape for g in present
         ]
-        value = inner_product(self._gradients, present) if known else None
-        self._gradients = [None if g is None else g.clone() for g in present]
-        return value
+        return inner_product(self.gradients, present) if known else None
+
+    def keep(self, parameters: Sequence[Parameter], scale: Tensor | float = 1.0) -> None:
+        """Replace what is kept by the gradients in ``.grad``, divided by ``scale``."""
+        present = [None if p.grad is None else _dense(p.grad) for p in parameters]
+        self.gradients = [None if g is None else g / scale if isinstance(scale, Tensor) else g.clone() for g in present]
 
     def forget(self) -> None:
         """As before the first call."""
-        self._gradients = []
+        self.gradients = []
 
 
 @torch.no_grad()

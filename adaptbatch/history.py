@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adaptbatch import noise
 from adaptbatch.loop import Loop
 from adaptbatch.records import Decision, Evidence
+from adaptbatch.watch import Logger
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +39,9 @@ COLUMNS: dict[str, str] = {
     "tail_share": "float64",
     "elasticity": "float64",
     "consecutive_product": "float64",
+    "batch_grad_norm": "float64",
+    "applied_grad_norm": "float64",
+    "shard_ratio": "float64",
     "lr": "float64",
     "lr_factor": "float64",
     "beta2": "float64",
@@ -68,6 +73,10 @@ class History:
     tail_share            share of the pooled sum of squares beyond the bound of the typical channel [1]
     elasticity            ``d ln B / d ln n`` over the present climb [1]; near 1 at a noise floor
     consecutive_product   ``<g_t, g_{t-1}>`` [g^2]; NaN without ``phase=True``
+    batch_grad_norm       ``|g|`` of this window's mean gradient, before clipping
+    applied_grad_norm     the same as the optimizer got it, after clipping between ``normalize_()`` and ``step()``
+    shard_ratio           scatter between the ranks' means over that within ranks [1]: near 1 where shards are alike;
+                          NaN in one process, with FSDP2 and ``sync="every"``
     lr                    learning rate of the first parameter group, as applied
     lr_factor             what a coupling multiplied it by; 1 without one
     beta2                 decay of the first group's second moment, as applied; NaN where it has none
@@ -87,6 +96,8 @@ class History:
         # Columns of machine numbers take a sixth of the memory of a dictionary for each row.
         self._columns: dict[str, Any] = {name: _empty(kind) for name, kind in COLUMNS.items()}
         self._settle = settle or (lambda: None)
+        self._complete = 0
+        self._loggers: list[Logger] = []
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; its keys are exactly :data:`COLUMNS`."""
@@ -96,9 +107,73 @@ class History:
             self._columns[name].append(value)
 
     def amend(self, index: int, values: dict[str, float]) -> None:
-        """Fill in what reached the host late."""
+        """Fill in what reached the host late; this row, and any before it, is complete then."""
         for name, value in values.items():
             self._columns[name][index] = value
+        new = range(self._complete, index + 1)
+        self._complete = max(self._complete, index + 1)
+        for logger in self._loggers:
+            self._tell(logger, new)
+
+    def watch(self, logger: Logger) -> None:
+        """Give ``logger`` every row from now on, in order, as soon as it is complete.
+
+        On a GPU that may be one window late. The last row comes when the history is read, with :meth:`unwatch` or with
+        the controller's ``close()``; so the logger closes last::
+
+            with closing(TensorBoardLogger("runs/1")) as logger, controller:
+                controller.history.watch(logger)
+
+        In a distributed run every rank has the same rows: watch on rank 0 only.
+
+        A logger that raises is left out from then on, with a warning: a full disk must not end a training whose rows
+        are all here, and must not leave the other ranks waiting for this one.
+
+        Args:
+            logger: One of :mod:`adaptbatch.watch`, or any object with its ``log(row)`` and ``close()``.
+
+        Raises:
+            TypeError: If ``logger`` is none.
+            ValueError: If it is watching already.
+
+        Example:
+            >>> class Reasons:
+            ...     def log(self, row):
+            ...         print(row["optimizer_step"], row["reason"])
+            ...
+            ...     def close(self): ...
+            >>> history = History()
+            >>> history.watch(Reasons())
+            >>> history.append(dict.fromkeys(COLUMNS, 0) | {"optimizer_step": 7, "reason": "grow"})
+            >>> history.amend(0, {"loss": 0.5})
+            7 grow
+        """
+        if not isinstance(logger, Logger):
+            raise TypeError(
+                f"logger must have the methods log(row) and close(), got {type(logger).__name__}; adaptbatch.watch "
+                f"wraps TensorBoard, Weights & Biases and the terminal."
+            )
+        if any(one is logger for one in self._loggers):
+            raise ValueError(f"logger must not be watching already, got {logger!r} again; unwatch() it first.")
+        self._loggers = [*self._loggers, logger]
+
+    def unwatch(self, logger: Logger) -> None:
+        """Give ``logger`` what is complete by now and nothing more; closing it is left to its owner."""
+        self._settle()
+        self._loggers = [one for one in self._loggers if one is not logger]
+
+    def _tell(self, logger: Logger, indices: range) -> None:
+        try:
+            for index in indices:
+                logger.log({name: _plain(column[index], COLUMNS[name]) for name, column in self._columns.items()})
+        except Exception as error:
+            self._loggers = [one for one in self._loggers if one is not logger]
+            warnings.warn(
+                f"{type(logger).__name__} raised {error!r} and is told nothing more; the training goes on and the "
+                f"history is complete. Once the cause is mended, history.watch(logger) goes on from there.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         return len(self._columns["reason"])
@@ -133,7 +208,7 @@ def decision_row(loop: Loop, evidence: Evidence, decision: Decision, batch: floa
     """
     euclidean, in_metric = loop.pooled.estimate(), loop.metric.estimate()
     low, high = noise.noise_scale_interval(euclidean)
-    own = ("loss", "grad_sq_norm", "noise_trace", "consecutive_product", "lr")
+    own = ("loss", "grad_sq_norm", "noise_trace", "consecutive_product", "batch_grad_norm", "applied_grad_norm", "lr")
     return dict.fromkeys(own, math.nan) | {
         "examples_seen": loop.progress.examples_seen,
         "global_batch": batch,
@@ -148,7 +223,12 @@ def decision_row(loop: Loop, evidence: Evidence, decision: Decision, batch: floa
         "tail_excess": evidence.tail.excess,
         "tail_share": evidence.tail.share,
         "elasticity": evidence.response.elasticity,
+        "shard_ratio": loop.shards.ratio(),
     }
+
+
+def _plain(value: Any, kind: str) -> Any:
+    return bool(value) if kind == "bool" else value
 
 
 def _empty(kind: str) -> Any:

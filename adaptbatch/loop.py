@@ -51,6 +51,7 @@ class Loop:
         typical: The typical and the tail channel, in the metric of the decision.
         climb: The response to growing.
         products: Inner products of consecutive gradients, each in units of its window's own ``Q / n``.
+        shards: How much the ranks' data differ.
         window: The last finite window, in the metric of the decision.
         changed_at: Examples seen when ``k`` last changed.
         loss_sum, loss_weight: Decayed sums over windows.
@@ -73,6 +74,7 @@ class Loop:
     typical: TypicalTracker = field(default_factory=TypicalTracker)
     climb: Climb = field(default_factory=Climb)
     products: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
+    shards: noise.ShardTracker = field(default_factory=noise.ShardTracker)
     window: Measurement | None = None
     changed_at: float = -math.inf
     loss_sum: float = 0.0
@@ -89,7 +91,7 @@ class Loop:
         step_seconds: float = 0.0,
         seconds: float = 0.0,
     ) -> Loop:
-        """The loop after a window of ``cells`` micro-batches, before its numbers are pooled.
+        """The loop after a window of ``cells`` micro-batches on all ranks, before its numbers are pooled.
 
         Args:
             global_batch: Its weights' sum [examples].
@@ -102,7 +104,7 @@ class Loop:
         at = self.progress
         seen = at.examples_seen + global_batch
         # The end of the data cuts a window short, or a micro-batch: neither says that micro-batches are smaller now.
-        cut = cells < at.accumulation_steps or largest == at.cell_examples
+        cut = cells < at.accumulation_steps * at.world_size or largest == at.cell_examples
         known = not math.isnan(at.cell_examples)
         progress = replace(
             at,
@@ -129,6 +131,7 @@ class Loop:
         loop = replace(
             self,
             pooled=pooled,
+            shards=self.shards.update(euclidean, self.progress.world_size),
             loss_sum=decay * self.loss_sum + n * window.loss,
             loss_weight=decay * self.loss_weight + n,
             lr=window.lr,
@@ -237,6 +240,7 @@ _TRACKERS: dict[str, Any] = {
     "typical": TypicalTracker,
     "climb": Climb,
     "products": noise.NoiseTracker,
+    "shards": noise.ShardTracker,
 }
 
 

@@ -13,7 +13,6 @@ Both are unbiased for any weights. They are pooled over windows and only then re
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
@@ -229,46 +228,60 @@ def _contrast_variance(pair: NoiseEstimate, trace_factor: float, signal_factor: 
     )
 
 
-def heterogeneity(ranks: Sequence[Measurement], whole: Measurement) -> tuple[float, float]:
-    """Do the ranks draw from one population? The F ratio of the scatter between ranks to that within them.
+@dataclass(frozen=True, slots=True)
+class ShardTracker:
+    """Do the ranks draw from one population? Pooled scatter between the ranks' means against that within ranks.
 
-    With ``SS_B = sum_r w_r |g_r|^2 - n |g|^2`` between the ranks' own means and ``SS_W = sum_r (Q_r - w_r |g_r|^2)``
-    within them, ``F = (SS_B / (W - 1)) / (SS_W / (K - W))`` is near 1 where every rank's examples come from the same
-    distribution, and larger where shards differ: each ``SS / df`` is then unbiased for another ``tr(Sigma)``.
-
-    Args:
-        ranks: What each rank heard of its own micro-batches, :attr:`Measurement.batch_sq_norm` that of its own mean.
-        whole: The window of all ranks together.
-
-    Returns:
-        ``(F, p)``: the ratio [1], and the chance of one as large from a common population, from the F distribution
-        with ``W - 1`` and ``K - W`` degrees of freedom. Gradients of many directions scatter less than that
-        distribution allows: a small ``p`` is conservative.
-
-    Raises:
-        ValueError: If there are fewer than two ranks, or one has no degree of freedom.
+    With ``SS_B = sum_r n_r |g_r|^2 - n |g|^2`` between the means of ``W`` ranks and ``SS_W = Q - sum_r n_r |g_r|^2``
+    within them, each window's over its own ``Q / n``, ``F = (SS_B / (W - 1)) / (SS_W / (K - W))`` is near 1 where every
+    rank's examples come from the same distribution, and larger where shards differ: both ``SS / df`` are then unbiased
+    for another ``tr(Sigma)``. Half of what is known is of the last 16 windows measured.
 
     Example:
         Two ranks of two cells each; their own means are 1 and 5:
 
-        >>> left = Measurement(weighted_sq_norms=0.5 + 1.5**2 + 1.0, batch_sq_norm=1.0, global_batch=2.0, cells=2)
-        >>> right = Measurement(weighted_sq_norms=51.0, batch_sq_norm=25.0, global_batch=2.0, cells=2)
-        >>> whole = Measurement(left.weighted_sq_norms + 51.0, batch_sq_norm=9.0, global_batch=4.0, cells=4)
-        >>> ratio, chance = heterogeneity([left, right], whole)
-        >>> round(ratio, 2), chance < 0.1
-        (11.64, True)
+        >>> window = Measurement(54.75, batch_sq_norm=9.0, global_batch=4.0, cells=4, rank_sq_norms=52.0)
+        >>> round(ShardTracker().update(window, ranks=2).ratio(), 2)
+        11.64
     """
-    if len(ranks) < 2 or any(rank.cells < 2 for rank in ranks):
-        raise ValueError(
-            f"ranks must be at least two with two cells each, got cells {[rank.cells for rank in ranks]}; use two "
-            f"accumulation steps."
-        )
-    between_df, within_df = len(ranks) - 1, whole.cells - len(ranks)
-    own = sum(rank.global_batch * rank.batch_sq_norm for rank in ranks)
-    between = (own - whole.global_batch * whole.batch_sq_norm) / between_df
-    within = (whole.weighted_sq_norms - own) / within_df
-    ratio = between / within if within > 0.0 else math.inf
-    return ratio, float(fdtrc(between_df, within_df, max(ratio, 0.0)))
+
+    between: float = 0.0
+    between_df: float = 0.0
+    within: float = 0.0
+    within_df: float = 0.0
+
+    def update(self, window: Measurement, ranks: int) -> ShardTracker:
+        """The tracker with one window more; one without :attr:`Measurement.rank_sq_norms` tells nothing."""
+        if ranks < 2 or window.cells <= ranks or not math.isfinite(window.rank_sq_norms) or not window.mean_sq_norm > 0:
+            return self
+        between = window.rank_sq_norms - window.global_batch * window.batch_sq_norm
+        within = window.weighted_sq_norms - window.rank_sq_norms
+        new = (between / window.mean_sq_norm, ranks - 1, within / window.mean_sq_norm, window.cells - ranks)
+        old = (self.between, self.between_df, self.within, self.within_df)
+        return ShardTracker(*(2.0 ** (-1.0 / 16.0) * x + y for x, y in zip(old, new, strict=True)))
+
+    def ratio(self) -> float:
+        """``F``; NaN before the first measurement."""
+        if self.between_df == 0.0 or self.within <= 0.0:
+            return math.nan
+        return (self.between / self.between_df) / (self.within / self.within_df)
+
+    def chance(self) -> float:
+        """The chance of a ratio as large from one population, from the F distribution with the pooled degrees.
+
+        Gradients of many directions scatter less than that distribution allows: a small chance is conservative.
+        """
+        ratio = self.ratio()
+        return ratio if math.isnan(ratio) else float(fdtrc(self.between_df, self.within_df, max(ratio, 0.0)))
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, float]) -> Self:
+        """The tracker whose :meth:`state_dict` this is."""
+        return cls(**state)
 
 
 def memory_examples(memory: float | None, cell_examples: float, batch: float) -> float:

@@ -1,19 +1,24 @@
 """The sensor: hooks that hear the gradient of one micro-batch before it is added to ``.grad``.
 
 A tensor hook sees each parameter's micro-batch gradient once per backward, tied uses summed, and keeps only its norm:
-no copy of a gradient, no read by the host. What is heard stays on the device until the window ends.
+no copy of a gradient, no read by the host. What is heard stays on the device until the window ends. Of a sharded
+parameter (FSDP2) the hook is on the unsharded one, so that on every rank it is the local gradient that is heard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from adaptbatch.distributed import is_sharded, local_part
 
 HALF = (torch.float16, torch.bfloat16)
 # Gradients of at most this many elements wait for the end of the backward pass and are measured in one go: one by one,
@@ -24,6 +29,9 @@ _Kind = tuple[torch.device, torch.dtype]
 
 class GradientProbe:
     """Squared norms of micro-batch gradients, from one hook on each trainable parameter of an optimizer.
+
+    Args:
+        synchronised: Whether gradients are averaged over ranks, in place, within the backward pass.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -36,13 +44,18 @@ class GradientProbe:
         >>> probe.close()
     """
 
-    def __init__(self) -> None:
+    def __init__(self, synchronised: bool = False) -> None:
+        self._synchronised = synchronised
         self.parameters: list[Parameter] = []
         self._in_model: set[int] = set()
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
         self._boards: list[_NormBoard] = []
         self._metric_boards: list[_NormBoard] = []
+        self._sum_boards: list[_NormBoard] = []
+        self._sums = False
+        self._shard_hooks: dict[int, Callable[[Tensor], None]] = {}
+        self._unsharded: dict[int, Tensor] = {}
         self._scales: Sequence[Tensor] | None = None
         self._heard: list[int] = []
         self._open = False
@@ -59,7 +72,8 @@ class GradientProbe:
         if not parameters:
             raise ValueError("optimizer must hold at least one parameter with requires_grad=True, got none to train.")
         present = {id(p) for p in model.parameters()}
-        if any(id(p) in self._in_model and id(p) not in present for p in parameters):
+        # fully_shard shows its unsharded parameters instead while it holds them.
+        if any(id(p) in self._in_model and id(p) not in present and not is_sharded(p) for p in parameters):
             raise RuntimeError(
                 "the optimizer holds parameters that the model no longer has, as after load_state_dict(assign=True): "
                 "its steps would train nothing. Put the model's new parameters into optimizer.param_groups."
@@ -71,6 +85,7 @@ class GradientProbe:
             self.close()
             self.parameters, self._kinds = parameters, kinds
             self._hook_all()
+            self._watch_shards(model)
 
     def _hook_all(self) -> None:
         """One hook a parameter, and one board of norms for each device and type."""
@@ -78,17 +93,56 @@ class GradientProbe:
         for index, p in enumerate(self.parameters):
             places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
         for (device, dtype), members in places.items():
-            board, metric_board = (_NormBoard(len(members), device, dtype) for _ in range(2))
+            board, metric_board, sum_board = (
+                _NormBoard(len(members), device, dtype, self._synchronised) for _ in range(3)
+            )
             self._boards.append(board)
             self._metric_boards.append(metric_board)
+            self._sum_boards.append(sum_board)
             for slot, index in enumerate(members):
                 small = self.parameters[index].numel() <= SMALL
-                notes = [one.hold if small else one.writer(slot) for one in (board, metric_board)]
+                notes = [one.hold if small else one.writer(slot) for one in (board, metric_board, sum_board)]
                 hook = self._hook(index, *notes)
-                self._handles.append(self.parameters[index].register_hook(hook))  # type: ignore[no-untyped-call]
+                if is_sharded(self.parameters[index]):
+                    self._shard_hooks[index] = hook
+                else:
+                    self._handles.append(self.parameters[index].register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def _watch_shards(self, model: nn.Module) -> None:
+        """Hook what fully_shard gathers, when it first does: a sharded parameter's own hooks never fire."""
+        place = {id(self.parameters[index]): index for index in self._shard_hooks}
+        for module in model.modules():
+            named = {name: place[id(p)] for name, p in module._parameters.items() if id(p) in place}
+            if named:
+                self._handles.append(module.register_forward_pre_hook(partial(self._hook_unsharded, named)))
+
+    def _hook_unsharded(self, named: Mapping[str, int], module: nn.Module, _: Any) -> None:
+        for name, index in named.items():
+            p = module._parameters[name]
+            if p is None or is_sharded(p) or self._unsharded.get(index) is p:
+                continue
+            self._unsharded[index] = p
+            self._handles.append(p.register_hook(self._shard_hooks[index]))  # type: ignore[no-untyped-call]
+
+    def require_all_heard(self) -> None:
+        """After a window: no sharded parameter received a gradient unheard.
+
+        Raises:
+            RuntimeError: If one did, since its module was never called.
+        """
+        unheard = [i for i in self._shard_hooks if i not in self._unsharded and self.parameters[i].grad is not None]
+        if unheard:
+            raise RuntimeError(
+                f"{len(unheard)} sharded parameters received a gradient that no hook heard: their modules are used "
+                f"without being called. Call the module that holds a weight, or shard its parent only."
+            )
 
     def _hook(
-        self, index: int, note: Callable[[Tensor], None], note_in_metric: Callable[[Tensor], None]
+        self,
+        index: int,
+        note: Callable[[Tensor], None],
+        note_in_metric: Callable[[Tensor], None],
+        note_sum: Callable[[Tensor], None],
     ) -> Callable[[Tensor], None]:
         heard = self._heard.append
 
@@ -99,6 +153,10 @@ class GradientProbe:
                 note(grad)
                 if self._scales is not None:
                     note_in_metric(_scaled(grad, self._scales[index]))
+                if self._sums:
+                    # Before it is synchronised, .grad holds what this rank accumulated.
+                    so_far = self.parameters[index].grad
+                    note_sum(grad if so_far is None else so_far + grad)
 
         return hear
 
@@ -111,12 +169,17 @@ class GradientProbe:
         self._scales = scales
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen to one backward pass; forget what an earlier one left behind."""
+    def listening(self, sums: bool = False) -> Iterator[None]:
+        """Listen to one backward pass; forget what an earlier one left behind.
+
+        Args:
+            sums: Hear the accumulated gradient too, as this rank has it before it is synchronised.
+        """
         self._heard.clear()
-        for board in self._boards if self._scales is None else (*self._boards, *self._metric_boards):
+        boards = self._boards + ([] if self._scales is None else self._metric_boards) + (self._sum_boards * sums)
+        for board in boards:
             board.clear()
-        self._open = True
+        self._open, self._sums = True, sums
         try:
             yield
         finally:
@@ -147,18 +210,24 @@ class GradientProbe:
         """The same in the second metric; None without one."""
         return None if self._scales is None else sum_of_squares([board.norms() for board in self._metric_boards])
 
+    def sum_sq_norm(self) -> Tensor | None:
+        """That of the accumulated gradient, if it was listened to."""
+        return sum_of_squares([board.norms() for board in self._sum_boards]) if self._sums else None
+
     def close(self) -> None:
         """Remove every hook; nothing is left on the parameters."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._boards, self._metric_boards, self._kinds, self.parameters = [], [], [], [], []
+        self._sum_boards, self._shard_hooks, self._unsharded = [], {}, {}
         self._scales = None
 
 
 class _NormBoard:
     """The norms of one micro-batch on one device: a slot for each large gradient, one for the small ones together."""
 
-    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype, copies: bool = False) -> None:
+        self._copies = copies
         self._values = torch.zeros(size + 1, device=device, dtype=dtype)
         self._slots = self._values.unbind()
         self._held: list[Tensor] = []
@@ -170,7 +239,9 @@ class _NormBoard:
 
     def hold(self, grad: Tensor) -> None:
         """Keep a small gradient until :meth:`norms`."""
-        self._held.append(_values(grad).flatten())
+        values = _values(grad).flatten()
+        # Autograd makes it .grad as it is, and DDP would average it in place before it is measured.
+        self._held.append(values.clone() if self._copies else values)
 
     def clear(self) -> None:
         """Nothing heard."""
@@ -202,6 +273,9 @@ def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
 def gradient_norm(grad: Tensor, out: Tensor | None = None) -> Tensor:
     """Euclidean norm, at least in float32, of any layout; duplicate sparse entries are added first."""
     dtype = torch.float32 if grad.dtype in HALF else None
+    if out is not None and grad.dtype != out.dtype and not grad.is_complex():
+        # A sharded parameter's gradient may be coarser than the parameter.
+        dtype = out.dtype
     norm: Tensor = torch.linalg.vector_norm(_values(grad), dtype=dtype, out=out)
     return norm
 
@@ -237,7 +311,7 @@ def divide_gradients_(parameters: Sequence[Parameter], divisor: float) -> None:
     """Divide every gradient in place; by 1 it is a no-op, bit for bit."""
     if divisor == 1.0:
         return
-    dense = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    dense = [local_part(p.grad) for p in parameters if p.grad is not None and not p.grad.is_sparse]
     if dense:
         torch._foreach_div_(dense, divisor)
     for p in parameters:
@@ -248,5 +322,5 @@ def divide_gradients_(parameters: Sequence[Parameter], divisor: float) -> None:
 @torch.no_grad()
 def all_gradients_finite(parameters: Sequence[Parameter]) -> bool:
     """The exact test, element by element; reads the host, so it is for the rare case only."""
-    grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    grads = [_values(local_part(p.grad)) for p in parameters if p.grad is not None]
     return all(bool(torch.isfinite(grad).all()) for grad in grads)

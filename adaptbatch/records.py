@@ -38,6 +38,7 @@ class Measurement:
         radial_sq_norms: ``sum_c w_c <g_c, g>^2 / |g|^2`` [g^2 example], the part of ``Q`` along ``g``; NaN unless a
             rule asks for it, since it needs the window's gradients to be kept.
         consecutive_product: ``<g, g'>`` with the window before [g^2]; NaN unless it was asked for.
+        rank_sq_norms: ``sum_r n_r |g_r|^2`` over the means of ranks [g^2 example]; NaN unless it was measured.
     """
 
     weighted_sq_norms: float
@@ -46,6 +47,7 @@ class Measurement:
     cells: int
     radial_sq_norms: float = math.nan
     consecutive_product: float = math.nan
+    rank_sq_norms: float = math.nan
 
     @property
     def mean_sq_norm(self) -> float:

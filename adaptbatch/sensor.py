@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from adaptbatch.checks import require_examples
+from adaptbatch.distributed import Ranks, local_part, unique_shares
 from adaptbatch.ghost import GhostProbe
 from adaptbatch.gradients import PreviousGradient, WindowGradients
 from adaptbatch.learning_rate import Adjustment
 from adaptbatch.optimizer_state import metric_scales, require_metric
-from adaptbatch.probe import GradientProbe, batch_gradient_sq_norm, divide_gradients_
+from adaptbatch.probe import GradientProbe, batch_gradient_sq_norm, divide_gradients_, gradient_norm
 from adaptbatch.records import Measurement
 from adaptbatch.window import OpenWindow, SquaredNorms
 
@@ -30,6 +33,7 @@ class Sensor:
         ghost: Measure examples instead of micro-batches.
         phase: Measure the inner product with the gradient of the window before.
         keep_gradients: Keep the window's gradients, for their parts along the mean.
+        ranks: Who trains ``model``; None: this process alone.
 
     Raises:
         ValueError: If these do not go together, or the optimizer has no second moment for ``metric``.
@@ -40,8 +44,9 @@ class Sensor:
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)
         >>> sensor = Sensor(nn.ParameterList([weight]), optimizer)
         >>> window = sensor.open_window(1.0, Adjustment())
-        >>> sensor.hear(window, weight.square().sum() / 2, weight=1.0)
-        >>> sensor.normalize_(window)
+        >>> with sensor.hearing(window, weight.square().sum() / 2, weight=1.0) as weighted:
+        ...     weighted.backward()
+        >>> _ = sensor.normalize_(window)
         >>> window.norms.batch.item(), window.norms.weighted.item()
         (25.0, 25.0)
         >>> sensor.close()
@@ -56,7 +61,9 @@ class Sensor:
         ghost: bool = False,
         phase: bool = False,
         keep_gradients: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = Ranks(model) if ranks is None else ranks
         if metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {get_args(Metric)}, got metric = {metric!r}.")
         if metric == "adam":
@@ -76,8 +83,18 @@ class Sensor:
                 f"metric must be 'euclidean' for a rule that keeps the window's gradients, got metric = {metric!r}: "
                 f"their inner products are Euclidean."
             )
+        if keep_gradients and self._ranks.several:
+            raise ValueError(
+                "rule must not keep the window's gradients on several ranks, where a window's mean is known only after "
+                "they are synchronised; use a rule of squared norms, such as NormTest."
+            )
+        if self._ranks.sharded and (ghost or phase or metric != "euclidean"):
+            raise ValueError(
+                f"model must not be sharded for ghost norms, the phase or Adam's metric, got fully_shard with ghost = "
+                f"{ghost}, phase = {phase}, metric = {metric!r}; leave them out, or use DistributedDataParallel."
+            )
         self._model, self._optimizer, self._metric = model, optimizer, metric
-        self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe()
+        self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe(self._ranks.several)
         self._keep_gradients = keep_gradients
         self._kept: WindowGradients | None = None
         self._previous = PreviousGradient() if phase else None
@@ -115,12 +132,21 @@ class Sensor:
         counts = (self._optimizer.state.get(p, {}).get("step") for p in self.parameters)
         return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
 
-    def hear(self, window: OpenWindow, loss: Tensor, weight: float) -> None:
-        """Back-propagate one micro-batch and add what was heard to ``window``, which is broken if that fails."""
+    @contextmanager
+    def hearing(self, window: OpenWindow, loss: Tensor, weight: float, sums: bool = False) -> Iterator[Tensor]:
+        """Hear one backward pass through the loss it yields, which adds to ``window``, broken if that fails.
+
+        Args:
+            window: Open.
+            loss: Mean over the micro-batch.
+            weight: Of the micro-batch.
+            sums: Measure this rank's own mean too; in a window's last, synchronising micro-batch.
+        """
         scale = weight / window.reference
         window.broken = True
-        with self._probe.listening():
-            (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
+        sums = sums and isinstance(self._probe, GradientProbe) and not self._ranks.sharded
+        with self._probe.listening(sums) if isinstance(self._probe, GradientProbe) else self._probe.listening():
+            yield loss if scale == 1.0 else loss * scale
         in_metric = None
         if isinstance(self._probe, GradientProbe):
             sq_norm, in_metric = self._probe.take_sq_norm(), self._probe.sq_norm_in_metric()
@@ -131,18 +157,69 @@ class Sensor:
         window.add(sq_norm, loss.detach(), weight, in_metric)
         if self._kept is not None:
             self._kept.add(self.parameters, weight)
+        if sums and isinstance(self._probe, GradientProbe) and (own := self._probe.sum_sq_norm()) is not None:
+            window.extra["rank_sq_norms"] = own * (window.reference**2 / window.weight)
 
-    def normalize_(self, window: OpenWindow) -> None:
-        """Make ``.grad`` the exact mean of ``window``, and measure it."""
-        divide_gradients_(self.parameters, window.weight / window.reference)
-        window.norms.batch = batch_gradient_sq_norm(self.parameters)
+    def normalize_(
+        self, window: OpenWindow, note: Mapping[str, float] | None = None, *, scaled: bool = False
+    ) -> dict[str, float]:
+        """Make ``.grad`` the exact mean of ``window`` over all ranks, and measure it.
+
+        Args:
+            window: Whole.
+            note: Numbers to be summed over the ranks in the same all-reduce.
+            scaled: Whether ``.grad`` still has the window's loss scale, and keeps it.
+
+        Returns:
+            The sums of ``note``.
+        """
+        parameters, note = self.parameters, dict(note or {})
+        if isinstance(self._probe, GradientProbe):
+            self._probe.require_all_heard()
+        window.norms.batch = self._sq_norm()
         if window.in_metric is not None:
-            window.in_metric.batch = batch_gradient_sq_norm(self.parameters, self._scales)
+            window.in_metric.batch = self._sq_norm(self._scales)
         if self._kept is not None:
-            window.extra["radial_sq_norms"] = self._kept.radial_sq_norms(self.parameters, window.reference)
+            window.extra["radial_sq_norms"] = self._kept.radial_sq_norms(parameters, window.reference)
             self._kept = None
-        if self._previous is not None and (product := self._previous.product(self.parameters)) is not None:
-            window.extra["consecutive_product"] = product
+        if self._previous is not None and (product := self._previous.product(parameters)) is not None:
+            window.extra["consecutive_product"] = product / self._ranks.world_size
+        self._unscale(window, scaled)
+        if self._ranks.several:
+            note = window.share(self._ranks, note)
+        divisor = window.weight / (self._ranks.world_size * window.reference)
+        divide_gradients_(parameters, divisor)
+        window.divide(divisor)
+        if self._previous is not None:
+            self._previous.keep(parameters, window.scale if scaled and window.scale is not None else 1.0)
+        return note
+
+    def _unscale(self, window: OpenWindow, scaled: bool) -> None:
+        """Take the loss scale out of all that was heard, and out of what was measured now if ``.grad`` has it."""
+        if window.scale is None:
+            return
+        square = window.scale.double().square()
+        for norms in (window.norms, window.in_metric):
+            if norms is not None and norms.weighted is not None and norms.batch is not None:
+                norms.weighted = norms.weighted / square
+                norms.batch = norms.batch / square if scaled else norms.batch
+        for name, power in (("radial_sq_norms", 2), ("rank_sq_norms", 2), ("consecutive_product", 1)):
+            if name in window.extra and (power == 2 or scaled):
+                window.extra[name] = window.extra[name] / window.scale.double() ** power
+
+    def applied_sq_norm(self) -> Tensor:
+        """``|g|^2`` of what is in ``.grad`` now, on all ranks."""
+        own = self._sq_norm()
+        return own.new_tensor(self._ranks.sum({"own": own})["own"]) if self._ranks.several else own
+
+    def _sq_norm(self, scales: Sequence[Tensor] | None = None) -> Tensor:
+        """This rank's part of ``|.grad|^2``; the parts sum up to it over the ranks."""
+        if not self._ranks.sharded:
+            sq_norm = batch_gradient_sq_norm(self.parameters, scales)
+            return sq_norm / self._ranks.world_size if self._ranks.several else sq_norm
+        shares = unique_shares(self.parameters, self._ranks.world_size)
+        pairs = [(p.grad, share) for p, share in zip(self.parameters, shares, strict=True) if p.grad is not None]
+        return torch.stack([share * gradient_norm(local_part(grad)).double().square() for grad, share in pairs]).sum()
 
     def layer_measurements(self, window: OpenWindow) -> dict[str, Measurement]:
         """Each parameter's part of a normalised ``window`` of one micro-batch, by name; reads the host.
@@ -157,10 +234,53 @@ class Sensor:
             )
         found = {}
         for (name, sq_norms), p in zip(self._probe.layer_sq_norms().items(), self.parameters, strict=True):
-            weighted = float(sq_norms.sum()) * window.reference**2
+            scale = 1.0 if window.scale is None else float(window.scale)
+            weighted = float(sq_norms.sum()) * (window.reference / scale) ** 2
             batch = 0.0 if p.grad is None else float(batch_gradient_sq_norm([p]))
             found[name] = Measurement(weighted, batch, window.weight, window.pieces)
         return found
+
+    def state_dict(self, window: OpenWindow) -> dict[str, Any]:
+        """Copies of what no checkpoint of model and optimizer holds: the open window's gradients, and the one before.
+
+        Args:
+            window: Not normalised; one without micro-batches has no gradients.
+        """
+        kept = self._kept
+        return {
+            "gradients": [_copy(p.grad) for p in self.parameters] if window.cells else None,
+            "kept": None if kept is None else {"sums": [list(s) for s in kept.sums], "weights": list(kept.weights)},
+            "previous": None if self._previous is None else [_copy(g) for g in self._previous.gradients],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], window: OpenWindow, applied: Adjustment, steps: int) -> None:
+        """Put back what :meth:`state_dict` holds; the optimizer's state must be that of the checkpoint by now.
+
+        Raises:
+            ValueError: If the parameters are others.
+        """
+        self.attach()
+        gradients = state["gradients"]
+        if gradients is not None:
+            shapes = [None if g is None else tuple(g.shape) for g in gradients]
+            fits = len(shapes) == len(self.parameters) and all(
+                shape is None or shape == tuple(p.shape) for shape, p in zip(shapes, self.parameters, strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    f"state must hold the open window's gradients of {len(self.parameters)} parameters of this model, "
+                    f"got shapes {shapes}; load it into the model that it was saved with."
+                )
+            metric = self.open_window(window.reference, applied, steps).in_metric
+            window.in_metric = None if metric is None else window.in_metric
+            for p, gradient in zip(self.parameters, gradients, strict=True):
+                p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
+        if self._kept is not None and state["kept"] is not None:
+            self._kept.sums, self._kept.weights = state["kept"]["sums"], state["kept"]["weights"]
+        if self._previous is not None and state["previous"]:
+            self._previous.gradients = [
+                None if g is None else g.to(p.device) for g, p in zip(state["previous"], self.parameters, strict=True)
+            ]
 
     def forget(self) -> None:
         """As if nothing had been heard before: the gradient of the window before is no longer known."""
@@ -171,3 +291,7 @@ class Sensor:
     def close(self) -> None:
         """Remove every hook."""
         self._probe.close()
+
+
+def _copy(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.detach().clone()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaptbatch.distributed import Ranks
 from adaptbatch.loop import Heard
 from adaptbatch.records import Measurement
 
@@ -31,17 +33,21 @@ class OpenWindow:
 
     Each loss is back-propagated times ``weight / reference``: the weight of all micro-batches that are expected makes
     the accumulated gradient the mean already when they arrive, and keeps it near a mean's size when others do.
-    ``pieces`` counts what was measured on its own: the micro-batches, or their examples. ``extra`` holds what only some
-    windows measure, by the name of its :class:`~adaptbatch.records.Measurement` field.
+    ``cells`` counts this rank's micro-batches, ``all_cells`` those of all ranks, ``pieces`` what was measured on its
+    own: the micro-batches, or their examples. ``scale`` is a GradScaler's. ``extra`` holds what only some windows
+    measure, by the name of its :class:`~adaptbatch.records.Measurement` field.
     """
 
     reference: float = 1.0
     weight: float = 0.0
     largest: float = 0.0
     cells: int = 0
+    all_cells: int = 0
     pieces: int = 0
     due: bool = False
     broken: bool = False
+    synced: bool = True
+    scale: Tensor | None = None
     norms: SquaredNorms = field(default_factory=SquaredNorms)
     in_metric: SquaredNorms | None = None
     loss_sum: Tensor | None = None
@@ -63,20 +69,82 @@ class OpenWindow:
         self.weight += weight
         self.largest = max(self.largest, weight)
         self.cells += 1
+        self.all_cells += 1
         self.pieces += len(sq_norm) if by_example else 1
 
-    def finished(self, lr: float | Tensor) -> FinishedWindow:
-        """The finished window's scalars, on their way to the host in one copy, a learning rate on the device too."""
+    def share(self, ranks: Ranks, note: Mapping[str, float]) -> dict[str, float]:
+        """Make the sums those of all ranks, in one all-reduce; ``|g|^2`` is a rank's part of it before.
+
+        Args:
+            ranks: Several.
+            note: More numbers to be summed.
+
+        Returns:
+            The sums of ``note``.
+        """
+        own = {"weight": self.weight, "largest": self.largest, "all_cells": self.cells, "pieces": self.pieces}
+        total = ranks.sum({**own, **self._scalars(), **note})
+        self.weight, self.largest = total["weight"], total["largest"] / ranks.world_size
+        self.all_cells, self.pieces = round(total["all_cells"]), round(total["pieces"])
+        host = {name: torch.tensor(value, dtype=torch.float64) for name, value in total.items()}
+        self.norms = SquaredNorms(host["weighted"], host["batch"])
+        if self.in_metric is not None:
+            self.in_metric = SquaredNorms(host["metric_weighted"], host["metric_batch"])
+        self.loss_sum = host["loss_sum"]
+        self.extra = {name: host[name] for name in self.extra}
+        return {name: total[name] for name in note}
+
+    def divide(self, divisor: float) -> None:
+        """What was measured of the accumulated gradient becomes that of the mean, ``1 / divisor`` times as long."""
+        if divisor == 1.0:
+            return
+        for norms in (self.norms, self.in_metric):
+            if norms is not None and norms.batch is not None:
+                norms.batch = norms.batch / divisor**2
+        if "consecutive_product" in self.extra:
+            self.extra["consecutive_product"] = self.extra["consecutive_product"] / divisor
+
+    def _scalars(self) -> dict[str, Tensor]:
         named = {"weighted": self.norms.weighted, "batch": self.norms.batch, "loss_sum": self.loss_sum, **self.extra}
         if self.in_metric is not None:
             named |= {"metric_weighted": self.in_metric.weighted, "metric_batch": self.in_metric.batch}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its sums, before it is normalised; the gradients are the sensor's."""
+        in_metric = None if self.in_metric is None else self.in_metric.weighted
+        return {name: getattr(self, name) for name in _OPEN} | {
+            "weighted": self.norms.weighted,
+            "metric_weighted": in_metric,
+            "loss_sum": self.loss_sum,
+            "scale": self.scale,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> OpenWindow:
+        """The window whose :meth:`state_dict` this is."""
+        sums = {name: None if state[name] is None else state[name].to(device) for name in _SUMS}
+        window = cls(**{name: state[name] for name in _OPEN}, loss_sum=sums["loss_sum"], scale=sums["scale"])
+        window.norms = SquaredNorms(sums["weighted"])
+        window.in_metric = None if sums["metric_weighted"] is None else SquaredNorms(sums["metric_weighted"])
+        return window
+
+    def finished(self, lr: float | Tensor) -> FinishedWindow:
+        """The finished window's scalars, on their way to the host in one copy, a learning rate on the device too."""
+        scalars = self._scalars()
         if isinstance(lr, Tensor):
-            named["lr"] = lr
-        scalars = {name: value for name, value in named.items() if value is not None}
+            scalars["lr"] = lr
         values = torch.stack([scalars["weighted"], *(v.to(scalars["weighted"]) for v in list(scalars.values())[1:])])
         host = None if isinstance(lr, Tensor) else float(lr)
         counts = (self.weight, self.cells, self.pieces)
-        return FinishedWindow(*counts, tuple(scalars), HostCopy(values), lr=host, largest=self.largest)
+        finished = FinishedWindow(*counts, tuple(scalars), HostCopy(values), lr=host)
+        finished.largest, finished.all_cells = self.largest, self.all_cells
+        return finished
+
+
+_OPEN = ("reference", "weight", "largest", "cells", "all_cells", "pieces", "due")
+_SUMS = ("weighted", "metric_weighted", "loss_sum", "scale")
+OPEN_STATE = (*_OPEN, *_SUMS)
 
 
 @dataclass
@@ -94,6 +162,7 @@ class FinishedWindow:
     lr: float | None = None
     lr_factor: float = 1.0
     largest: float = math.nan
+    all_cells: int = 0
     steps: int = 0
     row: int | None = None
 
@@ -115,9 +184,15 @@ class FinishedWindow:
 
     def _measurement(self, named: Mapping[str, float], prefix: str) -> Measurement:
         # What else was measured is Euclidean.
-        more = ("radial_sq_norms", "consecutive_product") if prefix == "" else ()
+        more = ("radial_sq_norms", "consecutive_product", "rank_sq_norms") if prefix == "" else ()
         norms = named[f"{prefix}weighted"], named[f"{prefix}batch"]
         return Measurement(*norms, self.global_batch, self.pieces, **{name: named.get(name, math.nan) for name in more})
+
+    @property
+    def applied_sq_norm(self) -> float:
+        """``|g|^2`` as the optimizer got it, after clipping."""
+        named = self.named()
+        return named.get("applied_sq_norm", named["batch"])
 
     @property
     def learning_rate(self) -> float:

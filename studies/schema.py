@@ -7,6 +7,8 @@ in the table's ``attrs``, under ``runs``.
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 RUN_COLUMNS: dict[str, str] = {
@@ -36,6 +38,9 @@ HISTORY_COLUMNS: dict[str, str] = {
     "tail_share": "float64",
     "elasticity": "float64",
     "consecutive_product": "float64",
+    "batch_grad_norm": "float64",
+    "applied_grad_norm": "float64",
+    "shard_ratio": "float64",
     "lr": "float64",
     "lr_factor": "float64",
     "beta2": "float64",
@@ -48,16 +53,19 @@ LOOP_COLUMNS: dict[str, str] = {
     "spikes": "int64",  # micro-batches of the window whose loss is a spike (studies.analysis.spike_flags)
     "validation_loss": "float64",  # mean loss on the fixed probe set after the step; NaN where it was not evaluated
 }
+# Joined after results of this schema were stored, where they are NaN.
+JOINED = ("batch_grad_norm", "applied_grad_norm", "shard_ratio")
 COLUMNS = RUN_COLUMNS | HISTORY_COLUMNS | LOOP_COLUMNS
 SCHEMA_VERSION = 3
 
 
 def conform(table: pd.DataFrame) -> pd.DataFrame:
-    """``table`` with exactly the schema's columns, order and types.
+    """``table`` with exactly the schema's columns, order and types; those of :data:`JOINED` may be missing.
 
     Raises:
         ValueError: If a column is unknown or missing.
     """
+    table = table.assign(**{name: math.nan for name in JOINED if name not in table})
     unknown, missing = sorted(set(table) - set(COLUMNS)), sorted(set(COLUMNS) - set(table))
     if unknown or missing:
         raise ValueError(f"table must have the columns of the schema, got unknown {unknown} and missing {missing}.")

@@ -48,6 +48,7 @@ def test_the_previous_gradient_is_a_copy():
     first, second = np.arange(10.0), np.ones(10)
     set_gradients(params, first)
     assert previous.product(params) is None
+    previous.keep(params)
     params[0].grad.zero_()
     set_gradients(params, second)
     assert previous.product(params).item() == first.sum()
@@ -58,7 +59,7 @@ def test_the_previous_gradient_is_a_copy():
 def test_other_parameters_have_no_product_with_the_old_ones():
     params, previous = parameters(), PreviousGradient()
     set_gradients(params, np.ones(10))
-    previous.product(params)
+    previous.keep(params)
     assert previous.product(params[:1]) is None
 
 

@@ -368,15 +368,21 @@ def test_records_are_plain_values():
         window.cells = 5  # type: ignore[misc]
 
 
-class TestHeterogeneity:
+class TestShards:
     @staticmethod
-    def window(rng: np.random.Generator, shift: float) -> tuple[list[Measurement], Measurement]:
+    def window(rng: np.random.Generator, shift: float) -> Measurement:
         """Three ranks of four unequal cells; the third one's examples are shifted."""
         sizes = (8.0, 8.0, 5.0, 11.0)
-        cells = [
+        ranks = [
             [(w, rng.normal(size=6) / math.sqrt(w) + 1.0 + shift * (rank == 2)) for w in sizes] for rank in range(3)
         ]
-        return [reference.measurement(rank) for rank in cells], reference.measurement([c for r in cells for c in r])
+        return TestShards.whole(ranks)
+
+    @staticmethod
+    def whole(ranks: list[list[tuple[float, np.ndarray]]]) -> Measurement:
+        parts = [reference.measurement(rank) for rank in ranks]
+        own = sum(part.global_batch * part.batch_sq_norm for part in parts)
+        return replace(reference.measurement([c for r in ranks for c in r]), rank_sq_norms=own)
 
     def test_is_the_ratio_of_the_two_scatters(self):
         rng = np.random.default_rng(0)
@@ -386,20 +392,40 @@ class TestHeterogeneity:
         mean = sum(w * g for w, g in ranks[0] + ranks[1]) / 16.0
         within = sum(w * np.sum((g - m) ** 2) for rank, m in zip(ranks, means, strict=True) for w, g in rank) / 2
         between = sum(n * np.sum((m - mean) ** 2) for n, m in zip((10.0, 6.0), means, strict=True)) / 1
-        found, _ = noise.heterogeneity([*map(reference.measurement, ranks)], reference.measurement(ranks[0] + ranks[1]))
-        assert found == pytest.approx(between / within)
+        found = noise.ShardTracker().update(self.whole(ranks), 2)
+        assert found.ratio() == pytest.approx(between / within)
 
     def test_one_population_is_not_called_two(self):
         rng = np.random.default_rng(0)
-        ratios, chances = np.array([noise.heterogeneity(*self.window(rng, 0.0)) for _ in range(400)]).T
+        trackers = [noise.ShardTracker().update(self.window(rng, 0.0), 3) for _ in range(400)]
+        ratios = np.array([tracker.ratio() for tracker in trackers])
         assert abs(ratios.mean() - 1.0) < 5 * ratios.std() / 20 + 0.05
-        assert (chances < 0.05).mean() <= 0.05
+        assert np.mean([tracker.chance() < 0.05 for tracker in trackers]) <= 0.05
 
-    def test_a_shifted_shard_is_found(self):
+    def test_a_shifted_shard_is_found_and_the_sooner_the_more_windows(self):
         rng = np.random.default_rng(0)
-        assert np.mean([noise.heterogeneity(*self.window(rng, 1.0))[1] < 0.05 for _ in range(50)]) > 0.9
+        found = []
+        for _ in range(50):
+            tracker = noise.ShardTracker()
+            for _ in range(4):
+                tracker = tracker.update(self.window(rng, 0.6), 3)
+            single = noise.ShardTracker().update(self.window(rng, 0.6), 3)
+            found.append((tracker.chance() < 0.05, single.chance() < 0.05))
+        pooled, single = np.mean(found, axis=0)
+        assert pooled > 0.9
+        assert pooled > single
 
-    def test_refuses_ranks_without_scatter_of_their_own(self):
-        single = Measurement(1.0, 1.0, 1.0, 1)
-        with pytest.raises(ValueError, match=r"ranks must be at least two with two cells each, .* cells \[1, 1\]"):
-            noise.heterogeneity([single, single], Measurement(2.0, 1.0, 2.0, 2))
+    @pytest.mark.parametrize(
+        ("window", "ranks"),
+        [
+            (Measurement(1.0, 1.0, 1.0, 2, rank_sq_norms=1.0), 2),
+            (Measurement(1.0, 1.0, 1.0, 4, rank_sq_norms=1.0), 1),
+            (Measurement(1.0, 1.0, 1.0, 4), 2),
+        ],
+        ids=["no scatter within", "one rank", "not measured"],
+    )
+    def test_what_tells_nothing_changes_nothing(self, window, ranks):
+        tracker = noise.ShardTracker().update(window, ranks)
+        assert tracker == noise.ShardTracker()
+        assert math.isnan(tracker.ratio())
+        assert math.isnan(tracker.chance())

@@ -1,0 +1,250 @@
+"""distributed.py: several real processes train as one; they agree, end together, and fail with words."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import adaptbatch as ab
+from tests import reference
+from tests.test_controller import batches, sgd, small_model, squared
+
+WORLD = 2
+
+
+def spawn(work: Callable[..., Any], folder: Path, *args: Any, world: int = WORLD, timeout: float = 60.0) -> list[Any]:
+    """What ``work(rank, *args)`` returns on each rank of a gloo group, in a process of its own."""
+    torch.multiprocessing.spawn(_enter, (work, str(folder), world, timeout, args), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _enter(rank: int, work: Callable[..., Any], folder: str, world: int, timeout: float, args: Any) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    try:
+        torch.save(work(rank, *args), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+# Micro-batches of each rank, unequal; of the second rank fewer. Replay([2, 1, 3, 2]) cuts them into windows.
+SIZES = [[4, 7, 3, 5, 2, 6, 1, 5, 3, 4], [3, 3, 8, 2, 4, 4, 2]]
+STEPS = [2, 1, 3, 2]
+# Windows as they should come out: rank 1's data end in the fourth, which is shorter there, and both stop.
+WINDOWS = [[(0, 2), (2, 3), (3, 6), (6, 8)], [(0, 2), (2, 3), (3, 6), (6, 7)]]
+
+
+def shards(rank: int) -> list[Tensor]:
+    return batches(SIZES[rank], seed=rank)
+
+
+def train(model: nn.Module, data: list[Tensor], **options: Any) -> dict[str, Any]:
+    with warnings.catch_warnings(record=True) as caught, ab.BatchController(model, sgd(model), **options) as controller:
+        warnings.simplefilter("always")
+        for x in controller.micro_batches(data):
+            controller.backward(squared(model, x), weight=len(x))
+            if controller.step_due:
+                controller.step()
+        unused = controller.unused_micro_batches
+    return {
+        "rows": controller.history.to_pandas(),
+        "unused": unused,
+        "warnings": [str(one.message) for one in caught],
+    }
+
+
+def replicated(rank: int, sync: str, bucket_view: bool) -> dict[str, Any]:
+    model = DistributedDataParallel(small_model(), gradient_as_bucket_view=bucket_view)
+    data = shards(rank) if sync == "last" else shards(rank)[:7]
+    found = train(model, data, rule=ab.Replay(STEPS), sync=sync)
+    return found | {"parameters": [p.detach() for p in model.parameters()]}
+
+
+def sharded(rank: int, sync: str, half: bool) -> dict[str, Any]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = small_model(dtype=torch.float32 if half else torch.float64)
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if half else {}
+    fully_shard(model[0], **policy)
+    fully_shard(model, **policy)
+    data = [x.float() for x in shards(rank)] if half else shards(rank)
+    found = train(model, data, rule=ab.Replay(STEPS), sync=sync)
+    return found | {"parameters": [p.full_tensor().detach() for p in model.parameters()]}
+
+
+def expected(windows: list[list[tuple[int, int]]]) -> tuple[nn.Module, pd.DataFrame]:
+    """One process that sees the same examples, and the analysis of variance of the same cells."""
+    model = small_model()
+    optimizer, rows = sgd(model), []
+    for ranges in zip(*windows, strict=True):
+        cells = [x for rank, (low, high) in enumerate(ranges) for x in shards(rank)[low:high]]
+        measured = []
+        for x in cells:
+            gradients = torch.autograd.grad(squared(model, x), list(model.parameters()))
+            measured.append((float(len(x)), torch.cat([g.reshape(-1) for g in gradients]).numpy()))
+        trace, signal = reference.anova(measured)
+        loss = squared(model, torch.cat(cells))
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        n = float(sum(map(len, cells)))
+        rows.append((n, loss.item(), trace, signal, norm.item(), norm.item()))
+    columns = ["global_batch", "loss", "noise_trace", "grad_sq_norm", "batch_grad_norm", "applied_grad_norm"]
+    return model, pd.DataFrame(rows, columns=columns)
+
+
+class TestEqualsOneProcess:
+    @pytest.mark.parametrize(("sync", "bucket_view"), [("last", False), ("last", True), ("every", False)])
+    def test_replicated(self, tmp_path, sync, bucket_view):
+        ranks = spawn(replicated, tmp_path, sync, bucket_view)
+        model, rows = expected(WINDOWS if sync == "last" else [WINDOWS[1], WINDOWS[1]])
+        for rank, found in enumerate(ranks):
+            for p, q in zip(found["parameters"], model.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+            pd.testing.assert_frame_equal(found["rows"][list(rows)], rows, rtol=1e-6)
+            steps = [high - low for low, high in WINDOWS[rank if sync == "last" else 1]]
+            assert found["rows"]["accumulation_steps"].tolist() == steps
+            assert found["rows"]["backward_passes"].iloc[-1] == sum(steps)
+        if sync == "last":
+            assert [found["unused"] for found in ranks] == [2, 0]
+            assert "rank 0: at least 2 micro-batches are left over" in ranks[0]["warnings"][0]
+            assert not ranks[1]["warnings"]
+
+    @pytest.mark.parametrize("sync", ["last", "every"])
+    def test_sharded(self, tmp_path, sync):
+        """FSDP2 gathers in every forward pass: ranks end in lockstep, after seven micro-batches."""
+        ranks = spawn(sharded, tmp_path, sync, False)
+        model, rows = expected([WINDOWS[1], WINDOWS[1]])
+        for found in ranks:
+            for p, q in zip(found["parameters"], model.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+            pd.testing.assert_frame_equal(found["rows"][list(rows)], rows, rtol=1e-6)
+        assert [found["unused"] for found in ranks] == [3, 0]
+
+    def test_sharded_in_mixed_precision(self, tmp_path):
+        """Local bfloat16 gradients, squared norms in float32: near the exact ones, and the same on both ranks."""
+        ranks = spawn(sharded, tmp_path, "last", True)
+        _, rows = expected([WINDOWS[1], WINDOWS[1]])
+        first, second = (found["rows"] for found in ranks)
+        pd.testing.assert_series_equal(first["noise_trace"], second["noise_trace"], check_exact=True)
+        # bfloat16 keeps 8 bits of every gradient; the first window starts from the same parameters.
+        assert first["noise_trace"].iloc[0] == pytest.approx(rows["noise_trace"].iloc[0], rel=0.05)
+        assert first["loss"].iloc[0] == pytest.approx(rows["loss"].iloc[0], rel=0.05)
+
+
+def adaptive(rank: int, shift: float) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    data = [torch.randn(8, 4, dtype=torch.float64) + shift * rank for _ in range(400)]
+    model = DistributedDataParallel(small_model())
+    rule = ab.RelativeStandardError(theta=0.3, memory=500.0, dead_time=200.0)
+    return train(model, data, rule=rule)
+
+
+def fixed(rank: int, shift: float) -> dict[str, Any]:
+    torch.manual_seed(rank)
+    data = [torch.randn(8, 4, dtype=torch.float64) + shift * rank for _ in range(200)]
+    return train(DistributedDataParallel(small_model()), data, rule=ab.Fixed(4))
+
+
+class TestDecisions:
+    def test_all_ranks_decide_alike_and_one_micro_batch_each_is_evidence(self, tmp_path):
+        first, second = (found["rows"] for found in spawn(adaptive, tmp_path, 0.0))
+        pd.testing.assert_frame_equal(
+            first.drop(columns="wall_seconds"), second.drop(columns="wall_seconds"), check_exact=True
+        )
+        assert first["accumulation_steps"].iloc[0] == 1
+        assert first["accumulation_steps"].nunique() > 2
+
+    def test_shards_that_differ_are_reported(self, tmp_path):
+        alike, shifted = tmp_path / "alike", tmp_path / "shifted"
+        alike.mkdir()
+        shifted.mkdir()
+        same = spawn(fixed, alike, 0.0)[0]["rows"]["shard_ratio"].iloc[-1]
+        other = spawn(fixed, shifted, 1.0)[0]["rows"]["shard_ratio"].iloc[-1]
+        assert same < 3.0 < other
+
+    def test_a_rank_with_other_limits_is_found(self, tmp_path):
+        with pytest.raises(
+            Exception, match=r"rank \d disagrees with the others: it takes \d accumulation steps, the mean"
+        ):
+            spawn(disagreeing, tmp_path)
+
+
+def disagreeing(rank: int) -> None:
+    train(DistributedDataParallel(small_model()), shards(0), rule=ab.Fixed(1 + rank))
+
+
+def dying(rank: int) -> str:
+    model = DistributedDataParallel(small_model())
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+    for index, x in enumerate(controller.micro_batches(shards(0))):
+        controller.backward(squared(model, x), weight=len(x))
+        if controller.step_due:
+            if rank == 1 and index > 2:
+                os._exit(0)
+            try:
+                controller.step()
+            except RuntimeError as error:
+                return str(error)
+    return "no error"
+
+
+class TestFaults:
+    def test_a_rank_that_dies_is_named_within_the_timeout(self, tmp_path):
+        torch.multiprocessing.spawn(_enter, (dying, str(tmp_path), WORLD, 10.0, ()), nprocs=WORLD)
+        message = torch.load(tmp_path / "0.pt")
+        assert "rank 0 of 2: the window's all-reduce failed. Another rank died" in message
+
+    def test_parts_of_a_loop_and_checkpoints(self, tmp_path):
+        for messages in spawn(by_hand, tmp_path):
+            assert "close_window() is too late on several ranks" in messages[0]
+            assert "state_dict() is for between windows on several ranks, got one with 1 of 3" in messages[1]
+            assert "must not keep the window's gradients on several ranks" in messages[2]
+            assert messages[3] == [4, 0]
+
+
+def by_hand(rank: int) -> list[Any]:
+    """A hand-written loop: announces its last micro-batch, or is told that it should have."""
+    model = DistributedDataParallel(small_model())
+    messages: list[Any] = []
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(3))
+    x = shards(rank)[0]
+    with controller.micro_batch():
+        controller.backward(squared(model, x), weight=len(x))
+    for call in (controller.close_window, controller.state_dict):
+        try:
+            call()
+        except RuntimeError as error:
+            messages.append(str(error))
+    controller.discard_window()
+    try:
+        ab.BatchController(model, sgd(model), rule=ab.InnerProductTest())
+    except ValueError as error:
+        messages.append(str(error))
+    rows = []
+    for last in (False, True):
+        with controller.micro_batch(last=last):
+            controller.backward(squared(model, x), weight=len(x))
+        rows.append(controller.step_due)
+    controller.step()
+    state = controller.state_dict()
+    fresh = ab.BatchController(model, sgd(model), rule=ab.Fixed(3))
+    fresh.load_state_dict(state)
+    row = controller.history.to_pandas().iloc[0]
+    assert rows == [False, True]
+    assert fresh.examples_seen == row["global_batch"] == 2 * (4 + 3)
+    return [*messages, [state["version"], int(state["window"] is not None)]]
