@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any, Self
 
 from adaptbatch import noise
@@ -203,7 +203,8 @@ class Loop:
         state = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in _TRACKERS:
             state[name] = state[name].state_dict()
-        window = None if self.window is None else asdict(self.window)
+        # A list: torch.distributed.checkpoint wants the same keys in every state.
+        window = [] if self.window is None else list(astuple(self.window))
         return state | {
             "progress": asdict(self.progress),
             "window": window,
@@ -226,10 +227,13 @@ class Loop:
                 require_keys(f"state[{name!r}]['pooled']", state[name]["pooled"], known["pooled"])
             values[name] = kind.from_state_dict(state[name])
         require_keys("state['progress']", state["progress"], asdict(Progress()))
-        if state["window"] is not None:
-            require_keys("state['window']", state["window"], (item.name for item in fields(Measurement)))
+        if len(state["window"]) not in (0, len(fields(Measurement))):
+            raise ValueError(
+                f"state['window'] must hold the {len(fields(Measurement))} numbers of a Measurement or none, got "
+                f"{len(state['window'])}."
+            )
         values["progress"] = Progress(**state["progress"])
-        values["window"] = None if state["window"] is None else Measurement(**state["window"])
+        values["window"] = Measurement(*state["window"]) if state["window"] else None
         values["seconds_each"] = tuple(float(value) for value in state["seconds_each"])
         return cls(**values)
 

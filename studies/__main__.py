@@ -11,6 +11,7 @@ import tyro
 from rich.progress import Progress, TimeElapsedColumn
 
 from studies import quick as quick_study
+from studies import ranks
 from studies import two_networks as two_networks_study
 from studies.analysis import summary
 from studies.figures import closed_loop_figure, quick_figure
@@ -30,10 +31,15 @@ def quick(
     """The main job: four ways to choose the batch, one 80-layer residual VAE on MNIST; finished arms are kept."""
     started = time.perf_counter()
     runs = quick_study.runs(seed, examples)
+    if ranks.world_size() > 1 and out == RUNS / "quick":
+        out = out.with_name(f"quick-{ranks.world_size()}-ranks")
     if fresh:
         for run in runs:
             run.path(out).unlink(missing_ok=True)
-    results = run_all(runs, out, workers)
+    with ranks.group():
+        results = run_all(runs, out, workers)
+    if ranks.rank() > 0:
+        return
     show(summary(results).drop(columns="seed"), "80-layer residual VAE on MNIST, validation loss on a fixed probe set")
     title = f"80-layer residual VAE on MNIST, {examples:,} examples, seed {seed}"
     quick_figure(

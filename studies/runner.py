@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import threading
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing import Manager
@@ -19,7 +20,7 @@ import joblib
 import pandas as pd
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from studies import data
+from studies import data, ranks
 from studies.schema import SCHEMA_VERSION, conform
 from studies.training import Arm, Task, train
 
@@ -45,7 +46,7 @@ class Run:
 
         An open-loop run is the plain accumulation loop to the bit in every release; a closed-loop one is of its own.
         """
-        return {
+        identity = {
             "schema": SCHEMA_VERSION,
             "study": self.study,
             "seed": self.seed,
@@ -53,7 +54,12 @@ class Run:
             "arm": {"name": self.arm.name, "rule": repr(self.arm.rule), "lr": self.arm.lr}
             | {"warmup_examples": self.arm.warmup_examples, "max_steps": self.arm.max_steps},
             "data_sha256": data.SOURCES[self.task.data].sha256,
-        } | ({"adaptbatch": importlib.metadata.version("adaptbatch")} if self.arm.rule.closed_loop else {})
+        }
+        if self.arm.rule.closed_loop:
+            identity["adaptbatch"] = importlib.metadata.version("adaptbatch")
+        if ranks.world_size() > 1:
+            identity["world_size"] = ranks.world_size()
+        return identity
 
     def path(self, folder: Path) -> Path:
         """Where its table is kept."""
@@ -83,8 +89,9 @@ class Run:
         torch.set_num_threads(1)
         report = (lambda seen: progress.put((self.label, seen))) if progress is not None else (lambda seen: None)
         table = train(self.task, self.arm, self.seed, study=self.study, report=report)
-        table.attrs = {"identity": self.identity(), "provenance": provenance()}
-        write_atomically(table, self.path(folder))
+        if ranks.rank() == 0:
+            table.attrs = {"identity": self.identity(), "provenance": provenance()}
+            write_atomically(table, self.path(folder))
 
 
 def provenance() -> dict[str, str]:
@@ -106,9 +113,17 @@ def provenance() -> dict[str, str]:
 def write_atomically(table: pd.DataFrame, path: Path) -> None:
     """Write a Parquet file beside its place, then move it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    table.to_parquet(unfinished, index=False)
-    os.replace(unfinished, path)
+    # A name of its own: two processes may write the same table, and one of them may be killed.
+    unfinished = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            table.to_parquet(file, index=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:
@@ -119,7 +134,9 @@ def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:
         folder: Where ``results.parquet`` and the runs' own tables go.
         workers: Processes; each computes with one thread.
     """
-    waiting = [run for run in runs if run.stored(folder) is None]
+    waiting = ranks.agreed([run for run in runs if run.stored(folder) is None])
+    if ranks.world_size() > 1:
+        return _run_together(runs, waiting, folder)
     columns = (
         TextColumn("{task.description:<18}"),
         BarColumn(),
@@ -143,6 +160,19 @@ def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:
         finally:
             queue.put(("", -1.0))
             listener.join()
+    return _collect(runs, folder)
+
+
+def _run_together(runs: Sequence[Run], waiting: Sequence[Run], folder: Path) -> pd.DataFrame:
+    """One run after the other, each by all ranks; rank 0 stores, and tells the others when all is stored."""
+    for run in waiting:
+        if ranks.rank() == 0:
+            print(f"{run.label}, on {ranks.world_size()} ranks")
+        run.execute(folder)
+    return ranks.agreed(_collect(runs, folder) if ranks.rank() == 0 else pd.DataFrame())
+
+
+def _collect(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
     tables = [run.stored(folder) for run in runs]
     if any(table is None for table in tables):
         raise RuntimeError(f"a run in {folder} was overwritten by another study; give each its own folder.")

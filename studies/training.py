@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import adaptbatch as ab
-from studies import data
+from studies import data, ranks
 from studies.analysis import spike_flags
 from studies.networks import Autoencoder, Norm, Residual
 from studies.schema import conform
@@ -107,16 +107,19 @@ def train(
         task.depth, task.widths, task.code, task.residual, task.norm, task.variational, inputs.shape[1]
     ).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=arm.lr, fused=True)
-    codes = torch.Generator(device).manual_seed(seed)
+    # Every rank samples codes of its own.
+    codes = torch.Generator(device).manual_seed(seed + 1_000_003 * ranks.rank())
+    trained, loss_of = ranks.synchronised(model)
     losses: list[Tensor] = []
     extra: list[dict[str, float]] = []
     seen, next_probe = 0.0, 0.0
     limits = ab.Limits(max_steps=arm.max_steps)
-    with ab.BatchController(model, optimizer, rule=arm.rule, limits=limits) as controller:
+    with ab.BatchController(trained, optimizer, rule=arm.rule, limits=limits) as controller:
         bounds = (controller.limits.min_steps, controller.limits.max_steps)
         for x in controller.micro_batches(shuffled_passes(inputs, task, seed)):
-            loss = model.loss(x, codes)
-            controller.backward(loss, weight=len(x))
+            own = ranks.share(x)
+            loss = loss_of(own, codes)
+            controller.backward(loss, weight=len(own))
             losses.append(loss.detach())
             seen += len(x)
             if controller.step_due:

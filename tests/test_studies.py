@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,3 +310,52 @@ def test_ratios_are_taken_within_a_round():
     table = overhead.ratios(seconds).set_index("contender")
     assert table.loc["ours", "ratio"] == pytest.approx(1.1)
     assert table.loc["hand-written loop", "ratio"] == 1.0
+
+
+def _study(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *launcher, "-m", "studies", "quick", "--examples", "2000", "--out", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [*command, *arguments], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+class TestKilled:
+    def test_what_was_done_is_kept_and_nothing_is_half_written(self, tmp_path):
+        """kill -9 at random moments; what a killed process leaves is whole, and is not computed again."""
+        moments, done, kills = random.Random(0), {}, 0
+        for attempt in range(12):
+            process = _study(tmp_path, "--workers", "1")
+            deadline = time.monotonic() + moments.uniform(3.0, 8.0)
+            while process.poll() is None and (attempt >= 3 or time.monotonic() < deadline):
+                time.sleep(0.05)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            finished = process.wait() == 0
+            present = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*.parquet"))}
+            assert done.items() <= present.items()
+            assert all(len(pd.read_parquet(path)) > 0 for path in present)
+            done = present
+            if finished:
+                break
+        assert finished
+        assert kills >= 1
+        assert len(done) == 4
+        assert all(run.stored(tmp_path) is not None for run in quick.runs(0, 2000))
+
+
+class TestRanks:
+    def test_torchrun_trains_every_run_on_all_ranks(self, tmp_path):
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        assert _study(tmp_path, launcher=launcher).wait(timeout=100) == 0
+        table = pd.read_parquet(tmp_path / "results.parquet")
+        assert set(table["arm"]) == {run.arm.name for run in quick.runs()}
+        fixed = table[table["arm"] == "fixed 256"]
+        assert fixed["global_batch"].tolist() == [256.0] * 7 + [208.0]
+        adaptive = table[table["arm"] == "adaptive"]
+        # One micro-batch of 32, half on each rank, is evidence.
+        assert adaptive["global_batch"].iloc[0] == 32.0
+        assert adaptive["noise_trace"].notna().all()
+        assert {run["identity"]["world_size"] for run in table.attrs["runs"]} == {2}
+        assert all(run.stored(tmp_path) is None for run in quick.runs(0, 2000))

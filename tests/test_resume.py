@@ -1,0 +1,190 @@
+"""Resume as users do it: with a stateful loader, distributed checkpoints, and after kill -9 at random moments."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import adaptbatch as ab
+from tests.test_controller import LastDigits, equal_state, small_model, squared
+
+# torchdata calls what torch 2.13 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+EPOCHS, EXAMPLES, MICRO_BATCH = 3, 70, 4
+
+
+class Job:
+    """A training whose whole state is four state_dicts; 18 micro-batches an epoch, the last one partial."""
+
+    def __init__(self, seed: int = 0) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            from torchdata.stateful_dataloader import StatefulDataLoader
+        torch.manual_seed(seed)
+        data = torch.randn(EXAMPLES, 4, generator=torch.Generator().manual_seed(5))
+        self.model = small_model(seed, dtype=torch.float32)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+        self.controller = ab.BatchController(self.model, self.optimizer, rule=LastDigits())
+        self.loader: Any = StatefulDataLoader(TensorDataset(data), batch_size=MICRO_BATCH, shuffle=True)
+        self.epoch = 0
+        self.micro_batches = 0
+
+    def run(self, after: Any = lambda job: None) -> None:
+        for epoch in range(self.epoch, EPOCHS):
+            self.epoch = epoch
+            for (x,) in self.controller.micro_batches(self.loader):
+                self.controller.backward(squared(self.model, x), weight=len(x))
+                if self.controller.step_due:
+                    self.controller.step()
+                self.micro_batches += 1
+                after(self)
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "controller": self.controller}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        states |= {"loader": self.controller.loader_state_dict(), "random": torch.get_rng_state()}
+        return states | {"epoch": self.epoch, "micro_batches": self.micro_batches}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.controller.load_state_dict(state["controller"])
+        self.loader.load_state_dict(state["loader"])
+        torch.set_rng_state(state["random"])
+        self.epoch, self.micro_batches = state["epoch"], state["micro_batches"]
+
+
+def finished() -> Job:
+    job = Job()
+    job.run()
+    return job
+
+
+class TestStatefulLoader:
+    @pytest.mark.parametrize("stop", [1, 2, 9, 17, 18, 19, 36, 47])
+    def test_goes_on_within_an_epoch_and_within_a_window(self, tmp_path, stop):
+        """At its end, too: the last partial micro-batch of an epoch is neither lost nor repeated."""
+        job, whole = Job(), finished()
+
+        def save(job: Job) -> None:
+            if job.micro_batches == stop:
+                torch.save(job.state(), tmp_path / "checkpoint.pt")
+
+        job.run(save)
+        other = Job(seed=1)
+        other.load(torch.load(tmp_path / "checkpoint.pt"))
+        other.run()
+        assert equal_state(other.model, whole.model)
+        assert other.micro_batches == whole.micro_batches == EPOCHS * 18
+        assert other.controller.examples_seen == whole.controller.examples_seen == EPOCHS * EXAMPLES
+
+    def test_a_loader_without_a_state_is_refused(self):
+        job = Job()
+        for _ in job.controller.micro_batches([]):
+            pass
+        with pytest.raises(
+            RuntimeError, match=r"loader_state_dict\(\) needs .* of a loader with state_dict\(\), got list"
+        ):
+            job.controller.loader_state_dict()
+
+
+class TestDistributedCheckpoint:
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_the_controller_is_stateful(self, tmp_path):
+        """torch.distributed.checkpoint takes any object with state_dict and load_state_dict; between windows here."""
+        import torch.distributed.checkpoint as dcp
+
+        torch.manual_seed(0)
+        models = [small_model(seed, dtype=torch.float32) for seed in (0, 1)]
+        first, second = (
+            ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=0.05), rule=LastDigits())
+            for model in models
+        )
+        data = torch.randn(200, 5, 4)
+
+        def go_on(controller: ab.BatchController, items: torch.Tensor) -> None:
+            for x in items:
+                controller.backward(squared(controller.model, x), weight=len(x))
+                if controller.step_due:
+                    controller.step()
+
+        stop = 0
+        while stop < 100 or first._window.cells:
+            go_on(first, data[stop : stop + 1])
+            stop += 1
+        done = len(first.history)
+        dcp.save({"model": models[0].state_dict(), "controller": first}, checkpoint_id=tmp_path / "dcp")
+        state = {"model": models[1].state_dict(), "controller": second}
+        dcp.load(state, checkpoint_id=tmp_path / "dcp")
+        models[1].load_state_dict(state["model"])
+        go_on(first, data[stop:])
+        go_on(second, data[stop:])
+        assert equal_state(*models)
+        expected = first.history.to_pandas().iloc[done:].drop(columns="wall_seconds").reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            second.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
+        )
+
+
+def slow_job(folder: str) -> None:
+    """Trains with a checkpoint after every micro-batch, moved into its place; goes on from the last one."""
+    torch.set_num_threads(1)
+    path, job = Path(folder) / "checkpoint.pt", Job()
+    if path.exists():
+        job.load(torch.load(path))
+
+    def save(job: Job) -> None:
+        torch.save(job.state(), path.with_suffix(".unfinished"))
+        os.replace(path.with_suffix(".unfinished"), path)
+        time.sleep(0.02)
+
+    job.run(save)
+    torch.save(job.state(), Path(folder) / "done.pt")
+
+
+class TestKill:
+    def test_a_killed_training_goes_on_to_the_last_bit(self, tmp_path):
+        """kill -9 at random moments, also while a checkpoint is written."""
+        code = f"from tests.test_resume import slow_job; slow_job({str(tmp_path)!r})"
+        moments, kills = random.Random(0), 0
+        for _ in range(20):
+            process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parent.parent)
+            before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns if (tmp_path / "checkpoint.pt").exists() else 0
+            # Some progress each time, then any moment.
+            while process.poll() is None and before == _written(tmp_path):
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.0, 0.3))
+            if kills < 3 and process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            if process.wait() == 0:
+                break
+        whole, state = finished(), torch.load(tmp_path / "done.pt")
+        assert kills == 3
+        other = small_model(1, dtype=torch.float32)
+        other.load_state_dict(state["model"])
+        assert equal_state(other, whole.model)
+        assert state["micro_batches"] == whole.micro_batches
+
+
+def _written(folder: Path) -> int:
+    path = folder / "checkpoint.pt"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def test_every_layer_of_the_job_is_trained():
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in Job().model.parameters())
