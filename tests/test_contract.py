@@ -1,0 +1,281 @@
+"""The contract under any sequence of calls, and every public argument given a wrong value."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
+
+import adaptbatch as ab
+from tests.test_controller import batches, equal_state, sgd, small_model, squared
+
+
+class Contract(RuleBasedStateMachine):
+    """A controller beside a model of what it promises: a list of the window's examples, and a plain optimizer."""
+
+    @initialize(steps=st.lists(st.integers(1, 4), min_size=1, max_size=4), phase=st.booleans())
+    def start(self, steps: list[int], phase: bool) -> None:
+        self.steps, self.phase = steps, phase
+        self.ours, self.twin = small_model(), small_model()
+        self.optimizer, self.plain = sgd(self.ours), sgd(self.twin)
+        self.controller = self.make(self.ours, self.optimizer)
+        self.window: list[torch.Tensor] = []
+        self.taken, self.rows, self.turn, self.seen = 0, 0, 0, 0
+        self.normalized = self.finished = self.broken = False
+        self.saved: dict[str, Any] | None = None
+
+    def make(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> ab.BatchController:
+        return ab.BatchController(model, optimizer, rule=ab.Replay(self.steps), phase=self.phase)
+
+    @property
+    def k(self) -> int:
+        return self.steps[min(self.turn, len(self.steps) - 1)]
+
+    @property
+    def due(self) -> bool:
+        return self.finished or len(self.window) >= self.k
+
+    @rule(size=st.integers(1, 5), seed=st.integers(0, 99), poison=st.sampled_from([0.0] * 8 + [math.nan, math.inf]))
+    def backward(self, size: int, seed: int, poison: float) -> None:
+        x = batches([size], seed)[0] + poison
+        call = lambda: self.controller.backward(squared(self.ours, x), weight=size)  # noqa: E731
+        if self.broken or self.due:
+            with pytest.raises(RuntimeError, match=r"discard_window\(\)|a step is due"):
+                call()
+            return
+        call()
+        self.window.append(x)
+
+    @precondition(lambda self: not self.due and not self.broken)
+    @rule()
+    def fail_in_backward(self) -> None:
+        """An error raised by the backward pass itself leaves a window that can only be discarded."""
+        x = batches([2])[0]
+        loss = squared(self.ours, x)
+        torch.autograd.grad(loss, list(self.ours.parameters()))
+        with pytest.raises(RuntimeError, match="second time"):
+            self.controller.backward(loss, weight=2)
+        self.broken = True
+
+    @rule()
+    def close_window(self) -> None:
+        if self.broken:
+            with pytest.raises(RuntimeError, match=r"last backward\(\) failed"):
+                self.controller.close_window()
+            return
+        self.controller.close_window()
+        self.finished = bool(self.window)
+
+    @rule()
+    def normalize(self) -> None:
+        if not self.due or self.broken:
+            with pytest.raises(RuntimeError, match=r"normalize_\(\) is early|discard_window"):
+                self.controller.normalize_()
+            return
+        self.controller.normalize_()
+        self.normalized = True
+
+    @rule()
+    def step(self) -> None:
+        if not self.due or self.broken:
+            with pytest.raises(RuntimeError, match=r"step\(\) is early"):
+                self.controller.step()
+            return
+        whole = torch.cat(self.window)
+        finite = bool(torch.isfinite(whole).all())
+        self.controller.step()
+        if finite:
+            squared(self.twin, whole).backward()
+            self.plain.step()
+            self.plain.zero_grad()
+            self.taken += 1
+        row = self.controller.history.to_pandas().iloc[-1]
+        assert row["skipped"] == (not finite)
+        assert row["accumulation_steps"] == len(self.window)
+        assert row["global_batch"] == len(whole)
+        assert (row["reason"] == "nonfinite") <= (not finite)
+        self.seen += len(whole)
+        self.rows += 1
+        self.turn += 1
+        self.window, self.normalized, self.finished = [], False, False
+
+    @rule()
+    def discard_window(self) -> None:
+        self.controller.discard_window()
+        self.window, self.normalized, self.finished, self.broken = [], False, False, False
+
+    @rule()
+    def save(self) -> None:
+        if self.broken or self.normalized:
+            with pytest.raises(RuntimeError, match=r"discard_window|between normalize_\(\) and step\(\)"):
+                self.controller.state_dict()
+            return
+        parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
+        self.saved = {"parts": copy.deepcopy([part.state_dict() for part in parts])}
+        names = ("taken", "turn", "seen", "finished")
+        self.saved |= {name: getattr(self, name) for name in names} | {"window": list(self.window)}
+
+    @precondition(lambda self: self.saved is not None)
+    @rule(fresh=st.booleans())
+    def load(self, fresh: bool) -> None:
+        assert self.saved is not None
+        if fresh:
+            self.controller.discard_window()
+            self.controller.close()
+            self.ours = small_model(1)
+            self.optimizer = sgd(self.ours)
+            self.controller = self.make(self.ours, self.optimizer)
+            self.rows = 0
+        elif self.window or self.broken:
+            with pytest.raises(RuntimeError, match=r"load_state_dict\(\) is for between windows"):
+                self.controller.load_state_dict(copy.deepcopy(self.saved["parts"][2]))
+            return
+        parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
+        for part, state in zip(parts, copy.deepcopy(self.saved["parts"]), strict=True):
+            part.load_state_dict(state)
+        for name in ("taken", "turn", "seen", "finished"):
+            setattr(self, name, self.saved[name])
+        self.window, self.normalized, self.broken = list(self.saved["window"]), False, False
+
+    @invariant()
+    def holds(self) -> None:
+        if not hasattr(self, "controller"):
+            return
+        assert self.controller.accumulation_steps == self.k
+        assert self.controller.step_due == (self.due and not self.broken)
+        assert self.controller.examples_seen == self.seen
+        assert len(self.controller.history) == self.rows
+        for p, q in zip(self.ours.parameters(), self.twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
+
+    def teardown(self) -> None:
+        if hasattr(self, "controller"):
+            self.controller.discard_window()
+            self.controller.close()
+            assert not any(p._backward_hooks for p in self.ours.parameters())
+
+
+TestContract = Contract.TestCase
+TestContract.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def build(**options: Any) -> Callable[[], object]:
+    model = small_model()
+    return lambda: ab.BatchController(model, sgd(model), **options)
+
+
+WRONG: list[tuple[str, Callable[[], object], str]] = [
+    ("population", build(population=0), r"population must be at least 1 example, got population = 0"),
+    ("population nan", build(population=math.nan), r"population must be at least 1 example, got population = nan"),
+    ("metric", build(metric="fisher"), r"metric must be one of \('euclidean', 'adam'\), got metric = 'fisher'"),
+    ("sync", build(sync="never"), r"sync must be one of \('last', 'every'\), got sync = 'never'"),
+    ("scaler", build(scaler=2.0), r"scaler must be a torch\.amp\.GradScaler or None, got float"),
+    ("min_steps", lambda: ab.Limits(min_steps=0), r"min_steps must be .* got min_steps = 0"),
+    ("max_steps", lambda: ab.Limits(max_steps=0), r"max_steps must be .* got max_steps = 0"),
+    ("max_steps float", lambda: ab.Limits(max_steps=2.5), r"max_steps must be .* got max_steps = 2\.5"),
+    ("limits", lambda: ab.Limits(min_steps=4, max_steps=2), r"min_steps must not exceed max_steps"),
+    ("max_growth", lambda: ab.Limits(max_growth=1.0), r"max_growth must be finite and above 1, got max_growth = 1\.0"),
+    ("max_shrink", lambda: ab.Limits(max_shrink=1.0), r"max_shrink must be in \(0, 1\), got max_shrink = 1\.0"),
+    ("theta", lambda: ab.RelativeStandardError(theta=0.0), r"theta must be .* got theta = 0\.0"),
+    ("theta nan", lambda: ab.RelativeStandardError(theta=math.nan), r"theta must be .* got theta = nan"),
+    ("memory", lambda: ab.RelativeStandardError(memory=-1.0), r"memory must be .* got memory = -1\.0"),
+    ("dead_time", lambda: ab.RelativeStandardError(dead_time=-1.0), r"dead_time must be .* got dead_time = -1\.0"),
+    ("fixed", lambda: ab.Fixed(0), r"accumulation_steps must be .* got accumulation_steps = 0"),
+    ("replay", lambda: ab.Replay([]), r"accumulation_steps must .* got"),
+    ("one step", build(limits=ab.Limits(min_steps=1)), r"min_steps must be at least 2 for RelativeStandardError"),
+    ("unit", lambda: ab.ScheduleDriver(_scheduler(), unit=0), r"unit must be .* got unit = 0"),
+]
+
+
+def _scheduler() -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(sgd(small_model()), step_size=1)
+
+
+@pytest.mark.parametrize(("call", "message"), [pytest.param(*case[1:], id=case[0]) for case in WRONG])
+def test_a_wrong_value_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (0, r"weight must be positive and finite, got weight = 0; skip an empty micro-batch"),
+        (-1.0, r"weight must be positive and finite, got weight = -1\.0"),
+        (math.nan, r"weight must be positive and finite, got weight = nan"),
+        (math.inf, r"weight must be positive and finite, got weight = inf"),
+        (True, r"weight must be positive and finite, got weight = True"),
+        (torch.tensor(4), r"weight must be a Python number, got a tensor"),
+    ],
+    ids=str,
+)
+def test_a_wrong_weight_is_refused_and_loses_nothing(weight, message):
+    ours, twin = small_model(), small_model()
+    data = batches([4, 3])
+    controller, plain = (ab.BatchController(model, sgd(model), rule=ab.Fixed(2)) for model in (ours, twin))
+    controller.backward(squared(ours, data[0]), weight=4)
+    with pytest.raises(ValueError, match=message):
+        controller.backward(squared(ours, data[1]), weight=weight)
+    controller.backward(squared(ours, data[1]), weight=3)
+    for x in data:
+        plain.backward(squared(twin, x), weight=len(x))
+    controller.step()
+    plain.step()
+    assert equal_state(ours, twin)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda model: model(batches([4])[0]), lambda model: torch.zeros(()), lambda model: 1.0],
+    ids=["not a scalar", "no graph", "a number"],
+)
+def test_a_wrong_loss_is_refused(loss):
+    model = small_model()
+    controller = ab.BatchController(model, sgd(model))
+    with pytest.raises(
+        ValueError, match="loss must be a scalar tensor with a graph, the mean over the micro-batch, got"
+    ):
+        controller.backward(loss(model), weight=4)
+
+
+def test_a_model_without_a_trainable_parameter_is_refused():
+    model = small_model()
+    optimizer = sgd(model)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="optimizer must hold at least one parameter with requires_grad=True"):
+        ab.BatchController(model, optimizer)
+
+
+class TestGradients:
+    def test_zero_gradients_are_no_evidence_of_anything(self):
+        """A flat loss: neither signal nor noise; no division by zero, no endless growth."""
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), limits=ab.Limits(max_steps=8))
+        for x in batches([4] * 64):
+            controller.backward(0.0 * squared(model, x), weight=4)
+            if controller.step_due:
+                controller.step()
+        rows = controller.history.to_pandas()
+        assert (rows["batch_grad_norm"] == 0.0).all()
+        assert set(rows["reason"]) <= {"undecided", "signal_lost", "hold", "at_max"}
+
+    def test_all_from_one_example(self):
+        """Micro-batches that repeat one example: no noise at all, so the smallest window is enough."""
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model))
+        x = batches([1])[0].expand(4, 4)
+        for _ in range(60):
+            controller.backward(squared(model, x), weight=4)
+            if controller.step_due:
+                controller.step()
+        rows = controller.history.to_pandas()
+        assert (rows["accumulation_steps"] == 2).all()
+        assert rows["noise_trace"].abs().max() < 1e-6 * rows["grad_sq_norm"].max()
