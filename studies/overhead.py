@@ -8,6 +8,8 @@ both. Peers that are not installed are left out (they live in the ``peers`` extr
 from __future__ import annotations
 
 import importlib.util
+import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +30,7 @@ from studies import data
 from studies.networks import Autoencoder
 
 Window = Callable[[Sequence[Tensor]], None]
+LossOf = Callable[[Tensor], Tensor]
 STEPS, MICRO_BATCH, WIDTH = 8, 256, 128
 NETWORKS = 4
 HOST_READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}
@@ -35,10 +40,15 @@ def _adam(model: torch.nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), lr=1e-4)
 
 
-def _accumulate(model: Autoencoder, optimizer: Any) -> Window:
+def _accumulate(
+    model: Autoencoder, optimizer: Any, loss: LossOf | None = None, before_step: Callable[[], object] = lambda: None
+) -> Window:
+    loss = loss or model.loss
+
     def window(batches: Sequence[Tensor]) -> None:
         for x in batches:
-            (model.loss(x) / len(batches)).backward()
+            (loss(x) / len(batches)).backward()
+        before_step()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -57,16 +67,27 @@ def empty_hooks(model: Autoencoder) -> Window:
     return hand_written(model)
 
 
-def adaptbatch(model: Autoencoder, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> Window:
+def adaptbatch(
+    model: Autoencoder,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    loss: LossOf | None = None,
+    clips: bool = False,
+    trained: torch.nn.Module | None = None,
+    **options: Any,
+) -> Window:
     """The controller with the CLT rule, held at this window size: everything is measured, tested and recorded."""
     limits = ab.Limits(min_steps=STEPS, max_steps=STEPS)
-    rule, optimizer = ab.RelativeStandardError(), optimizer or _adam(model)
-    controller = ab.BatchController(model, optimizer, rule=rule, limits=limits, **options)
+    rule, optimizer, loss = ab.RelativeStandardError(), optimizer or _adam(model), loss or model.loss
+    controller = ab.BatchController(trained or model, optimizer, rule=rule, limits=limits, **options)
 
     def window(batches: Sequence[Tensor]) -> None:
         for x in controller.micro_batches(batches):
-            controller.backward(model.loss(x), weight=len(x))
+            controller.backward(loss(x), weight=len(x))
             if controller.step_due:
+                if clips:
+                    controller.normalize_()
+                    clip(model)
                 controller.step()
 
     return window
@@ -85,6 +106,58 @@ def adaptbatch_metric(model: Autoencoder) -> Window:
         optimizer.step()
         optimizer.zero_grad()
     return adaptbatch(model, optimizer, metric="adam")
+
+
+def clip(model: Autoencoder) -> Tensor:
+    """The usual clipping by norm."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+def clipping(model: Autoencoder) -> Window:
+    """The hand-written loop with clipping."""
+    return _accumulate(model, _adam(model), before_step=lambda: clip(model))
+
+
+def adaptbatch_clipping(model: Autoencoder) -> Window:
+    """The controller with clipping, which makes it measure the norm once more, after it."""
+    return adaptbatch(model, clips=True)
+
+
+def _autocast(model: Autoencoder) -> LossOf:
+    def loss(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.loss(x)
+
+    return loss
+
+
+def amp(model: Autoencoder) -> Window:
+    """The hand-written loop of the PyTorch documentation: autocast (bfloat16 on a CPU) and GradScaler."""
+    optimizer, scaler, loss = _adam(model), torch.amp.GradScaler("cpu"), _autocast(model)
+
+    def window(batches: Sequence[Tensor]) -> None:
+        for x in batches:
+            scaler.scale(loss(x) / len(batches)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return window
+
+
+def adaptbatch_amp(model: Autoencoder) -> Window:
+    """The controller with the same."""
+    return adaptbatch(model, loss=_autocast(model), scaler=torch.amp.GradScaler("cpu"))
+
+
+def compiled(model: Autoencoder) -> Window:
+    """The hand-written loop with a compiled loss."""
+    return _accumulate(model, _adam(model), torch.compile(model.loss))
+
+
+def adaptbatch_compiled(model: Autoencoder) -> Window:
+    """The controller with the same."""
+    return adaptbatch(model, loss=torch.compile(model.loss))
 
 
 def fairscale_adascale(model: Autoencoder) -> Window:
@@ -130,10 +203,31 @@ CONTENDERS: dict[str, tuple[Callable[[Autoencoder], Window], str | None]] = {
     "adaptbatch": (adaptbatch, None),
     "adaptbatch, ghost norms": (adaptbatch_ghost, None),
     "adaptbatch, Adam's metric": (adaptbatch_metric, None),
+    "loop with clipping": (clipping, None),
+    "adaptbatch, clipping": (adaptbatch_clipping, None),
+    "loop with AMP": (amp, None),
+    "adaptbatch, AMP": (adaptbatch_amp, None),
+    "compiled loop": (compiled, None),
+    "adaptbatch, compiled": (adaptbatch_compiled, None),
     "fairscale AdaScale": (fairscale_adascale, "fairscale"),
     "torch-gqc GNTS": (gqc_norm_threshold, "gradient_quality_control"),
     "torch-gqc GNS": (gqc_noise_scale, "gradient_quality_control"),
 }
+
+# What a contender is compared with; the hand-written loop if it is not here.
+BASELINES = {
+    "adaptbatch, clipping": "loop with clipping",
+    "adaptbatch, AMP": "loop with AMP",
+    "adaptbatch, compiled": "compiled loop",
+    "adaptbatch, DDP": "loop with DDP",
+    # Measured in processes of its own.
+    "loop with DDP": "loop with DDP",
+}
+
+
+def baseline(contender: str) -> str:
+    """The loop without a controller that ``contender`` is compared with."""
+    return BASELINES.get(contender, "hand-written loop")
 
 
 class HostReads(TorchFunctionMode):
@@ -259,19 +353,17 @@ def measure_cost() -> pd.DataFrame:
             with Allocations() as memory:
                 window(batches)
             counts[name] = (reads.count, memory.total, max(memory.large))
-    base_reads, base_total, _ = counts["hand-written loop"]
-    return pd.DataFrame(
-        [
-            {"contender": name, "host reads": reads - base_reads, "extra bytes": total - base_total}
-            for name, (reads, total, _) in counts.items()
-        ]
-    )
+    rows = []
+    for name, (reads, total, _) in counts.items():
+        base_reads, base_total, _ = counts[baseline(name)]
+        rows.append({"contender": name, "host reads": reads - base_reads, "extra bytes": total - base_total})
+    return pd.DataFrame(rows)
 
 
 def ratios(seconds: pd.DataFrame) -> pd.DataFrame:
-    """Median time and median ratio to the hand-written loop within a round, with a bootstrap interval."""
+    """Median time and median ratio to the contender's own baseline within a round, with a bootstrap interval."""
     wide = seconds.pivot_table(index="round", columns="contender", values="seconds")
-    ratio = wide.div(wide["hand-written loop"], axis=0)
+    ratio = pd.DataFrame({name: wide[name] / wide[baseline(name)] for name in wide})
     draws = np.random.default_rng(0).integers(len(ratio), size=(2000, len(ratio)))
     rows = []
     for name in seconds["contender"].unique():
@@ -286,4 +378,93 @@ def ratios(seconds: pd.DataFrame) -> pd.DataFrame:
                 "ratio high": high,
             }
         )
+    return pd.DataFrame(rows)
+
+
+def measure_ddp_time(rounds: int) -> pd.DataFrame:
+    """The rows of :func:`measure_time` for DistributedDataParallel: two gloo processes, one thread each.
+
+    Each rank has the whole window's micro-batches, so that one backward pass is as long as in the other rows.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_ddp_rank, (folder, rounds), nprocs=2)
+        return pd.read_parquet(f"{folder}/seconds.parquet")
+
+
+def _ddp_rank(rank: int, folder: str, rounds: int) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    batches, rows = micro_batches(), []
+    with one_thread():
+        makers = {"loop with DDP": _ddp_loop, "adaptbatch, DDP": _ddp_adaptbatch}
+        windows = {name: [make(network()) for _ in range(NETWORKS)] for name, make in makers.items()}
+        for window in (window for several in windows.values() for window in several):
+            window(batches)
+            window(batches)
+        for turn in range(rounds):
+            for name in list(windows)[:: 1 if turn % 2 else -1]:
+                dist.barrier()
+                started = time.perf_counter()
+                windows[name][turn % NETWORKS](batches)
+                rows.append({"round": turn, "contender": name, "seconds": time.perf_counter() - started})
+    if rank == 0:
+        pd.DataFrame(rows).to_parquet(f"{folder}/seconds.parquet")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class _Loss(torch.nn.Module):
+    def __init__(self, network: Autoencoder) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.loss(x)
+
+
+def _ddp_loop(model: Autoencoder) -> Window:
+    """The loop of the PyTorch documentation: no_sync() in all micro-batches but the last."""
+    trained, optimizer = DistributedDataParallel(_Loss(model)), _adam(model)
+
+    def window(batches: Sequence[Tensor]) -> None:
+        with trained.no_sync():
+            for x in batches[:-1]:
+                (trained(x) / len(batches)).backward()
+        (trained(batches[-1]) / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return window
+
+
+def _ddp_adaptbatch(model: Autoencoder) -> Window:
+    trained = DistributedDataParallel(_Loss(model))
+    return adaptbatch(model, loss=trained, trained=trained)
+
+
+def all_reduce_seconds(
+    ranks: Sequence[int] = (8, 512, 16_384), numbers: int = 16, latency: float = 10e-6, bandwidth: float = 25e9
+) -> pd.DataFrame:
+    """What a window's one all-reduce costs on paper, by the latency-bandwidth model of collectives.
+
+    A message of ``m`` bytes takes ``alpha + m / beta`` between two ranks. A tree (reduce, then broadcast) takes
+    ``T = 2 ceil(log2 W) (alpha + m / beta)``; a ring, which libraries use for large messages only,
+    ``2 (W - 1) (alpha + m / (W beta))`` (Thakur, Rabenseifner and Gropp 2005, section 4). The default ``alpha`` and
+    ``beta`` are assumptions for a cluster network, not measurements: give your own.
+
+    Args:
+        ranks: ``W``.
+        numbers: Doubles in the message; the controller sends 16 or 17.
+        latency: ``alpha`` [s].
+        bandwidth: ``beta`` [bytes / s].
+
+    Example:
+        >>> all_reduce_seconds([8]).round(8).to_dict("records")
+        [{'ranks': 8, 'tree us': 60.03072, 'ring us': 140.00896}]
+    """
+    size = 8 * numbers
+    rows = []
+    for world in ranks:
+        tree = 2 * math.ceil(math.log2(world)) * (latency + size / bandwidth)
+        ring = 2 * (world - 1) * (latency + size / (world * bandwidth))
+        rows.append({"ranks": world, "tree us": 1e6 * tree, "ring us": 1e6 * ring})
     return pd.DataFrame(rows)
