@@ -97,6 +97,8 @@ class Stream:
                 f"loader_state_dict() needs micro_batches(loader) of a loader with state_dict(), got "
                 f"{type(self._loader).__name__}; torchdata's StatefulDataLoader has one."
             )
+        if isinstance(self._snapshot, Exception):
+            raise self._snapshot
         return self._loader.state_dict() if self._snapshot is None else self._snapshot
 
     def _common_length(self, loader: Iterable[Any]) -> int | None:
@@ -132,4 +134,8 @@ def _length(loader: Iterable[Any]) -> int:
 
 
 def _state_of(loader: Any) -> Any:
-    return loader.state_dict() if hasattr(loader, "state_dict") else None
+    try:
+        return loader.state_dict() if hasattr(loader, "state_dict") else None
+    except Exception as error:
+        # Wrappers have the method for loaders that have no state: that concerns only who asks for it.
+        return error

@@ -91,6 +91,20 @@ class TestStatefulLoader:
         assert other.micro_batches == whole.micro_batches == EPOCHS * 18
         assert other.controller.examples_seen == whole.controller.examples_seen == EPOCHS * EXAMPLES
 
+    def test_a_loader_that_only_seems_to_have_a_state_trains(self):
+        class Seeming(list):
+            def state_dict(self) -> None:
+                raise NotImplementedError("none at all")
+
+        job, seen = Job(), []
+        for x in job.controller.micro_batches(Seeming([torch.ones(2, 4), torch.ones(3, 4)])):
+            job.controller.backward(squared(job.model, x), weight=len(x))
+            seen.append(len(x))
+            if not job.controller.step_due:
+                with pytest.raises(NotImplementedError, match="none at all"):
+                    job.controller.loader_state_dict()
+        assert seen == [2, 3]
+
     def test_a_loader_without_a_state_is_refused(self):
         job = Job()
         for _ in job.controller.micro_batches([]):
