@@ -364,10 +364,11 @@ def ratios(seconds: pd.DataFrame) -> pd.DataFrame:
     """Median time and median ratio to the contender's own baseline within a round, with a bootstrap interval."""
     wide = seconds.pivot_table(index="round", columns="contender", values="seconds")
     ratio = pd.DataFrame({name: wide[name] / wide[baseline(name)] for name in wide})
-    draws = np.random.default_rng(0).integers(len(ratio), size=(2000, len(ratio)))
     rows = []
     for name in seconds["contender"].unique():
-        medians = np.median(ratio[name].to_numpy()[draws], axis=1)
+        own = ratio[name].dropna().to_numpy()
+        draws = np.random.default_rng(0).integers(len(own), size=(2000, len(own)))
+        medians = np.median(own[draws], axis=1)
         low, high = np.quantile(medians, [0.025, 0.975])
         rows.append(
             {

@@ -206,7 +206,8 @@ def overhead_section() -> str:
             "time": f"{row['ratio']:.3f}",
             "95 % interval": f"{row['ratio low']:.3f} to {row['ratio high']:.3f}",
             "host reads": _number(row["host reads"]),
-            "extra memory allocated": _number(row["extra bytes"] / 1e6, ".2f") + " MB",
+            "extra memory allocated": _number(row["extra bytes"] / 1e6, ",.2f")
+            + " MB" * math.isfinite(row["extra bytes"]),
         }
         for _, row in cost.iterrows()
     ]
