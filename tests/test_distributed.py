@@ -146,6 +146,42 @@ class TestEqualsOneProcess:
         assert first["loss"].iloc[0] == pytest.approx(rows["loss"].iloc[0], rel=0.05)
 
 
+def by_example(rank: int, metric: str) -> dict[str, Any]:
+    """Ghost norms, or Adam's metric, of replicas that each have half of the examples."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(small_model())
+    x = batches([8] * 30)
+    options = {"metric": "adam"} if metric else {"ghost": True}
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.5))
+    with ab.BatchController(model, optimizer, rule=ab.Fixed(2), **options) as controller:
+        for item in controller.micro_batches(x):
+            half = item[4 * rank : 4 * rank + 4]
+            controller.backward(squared(model, half), weight=4)
+            if controller.step_due:
+                controller.step()
+    return {"rows": controller.history.to_pandas()}
+
+
+class TestOptions:
+    @pytest.mark.parametrize("metric", ["", "adam"], ids=["ghost", "adam"])
+    def test_equal_one_process_with_the_same_cells(self, tmp_path, metric):
+        ranks = spawn(by_example, tmp_path, metric)
+        model = small_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.5))
+        options = {"metric": "adam"} if metric else {"ghost": True}
+        cells = [half for x in batches([8] * 30) for half in x.split(4)]
+        with ab.BatchController(model, optimizer, rule=ab.Fixed(4), **options) as controller:
+            for x in controller.micro_batches(cells):
+                controller.backward(squared(model, x), weight=len(x))
+                if controller.step_due:
+                    controller.step()
+        expected = controller.history.to_pandas()
+        for name in ("noise_trace", "grad_sq_norm", "noise_scale", "noise_scale_metric", "loss"):
+            for found in ranks:
+                assert found["rows"][name].to_numpy() == pytest.approx(expected[name].to_numpy(), rel=1e-5, nan_ok=True)
+        assert expected["noise_scale_metric"].notna().any() == bool(metric)
+
+
 def adaptive(rank: int, shift: float) -> dict[str, Any]:
     torch.manual_seed(rank)
     data = [torch.randn(8, 4, dtype=torch.float64) + shift * rank for _ in range(400)]

@@ -55,6 +55,7 @@ def test_the_loop_in_parts_runs_and_every_example_is_used():
 
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize("program", BLOCKS[2:], ids=lambda program: f"{len(program)} characters")
 def test_every_further_block_is_a_whole_program(program):
     exec(program, {})
