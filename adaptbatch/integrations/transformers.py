@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from adaptbatch.controller import BatchController
@@ -112,18 +113,19 @@ class AdaptiveAccumulationMixin(Trainer):
     ) -> tuple[int, int]:
         """Where to start, in epochs and micro-batches. The Trainer would take one micro-batch for each step it made."""
         self._taken, self._saved = 0, None
-        found = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        found: tuple[int, int] = super()._init_training_state(
+            max_steps, steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         # Restored by the Trainer, on request, it would be a new one that knows nobody.
-        self.callback_handler.remove_callback(AdaptiveAccumulationState)
+        self.remove_callback(AdaptiveAccumulationState)
         self.add_callback(self._windows)
         if not self.state.global_step:
             return found
-        stored = self.state.stateful_callbacks or {}
-        saved = stored.get(AdaptiveAccumulationState.__name__, {}).get("attributes", {}).get("saved")
+        stored: Any = self.state.stateful_callbacks
+        saved = stored.setdefault(AdaptiveAccumulationState.__name__, self._windows.state())["attributes"]["saved"]
         if saved is None:
             # A checkpoint of the plain Trainer: one micro-batch a step.
             self._taken = self.state.global_step
-            stored[AdaptiveAccumulationState.__name__] = self._windows.state()
             return found
         self._taken, self._saved = int(saved["taken"]), saved["controller"]
         epochs, within = divmod(self._taken, steps_per_epoch)
@@ -133,9 +135,10 @@ class AdaptiveAccumulationMixin(Trainer):
         """Model and optimizer are prepared, and loaded from the checkpoint if there is one."""
         self._end()
         # The Trainer steps on what it has: the controller is not asked before a step.
+        prepared: Any = self.optimizer
         self.controller = BatchController(
             self.model_wrapped,
-            getattr(self.optimizer, "optimizer", self.optimizer),
+            getattr(prepared, "optimizer", prepared),
             scaler=self.accelerator.scaler,
             skip_nonfinite=False,
             **self._options,
@@ -173,14 +176,15 @@ class AdaptiveAccumulationMixin(Trainer):
         Returns:
             The mean loss of the window.
         """
-        controller, cells = self._required(), inputs.cells
-        losses = []
+        controller = self._required()
+        cells: list[tuple[Any, float]] = inputs.cells
+        losses: list[Tensor] = []
         for index, (batch, weight) in enumerate(cells, start=1):
             with controller.micro_batch(last=index == len(cells)), self._hearing(controller, weight):
                 losses.append(weight * super().training_step(model, batch))
             if index > 1:
                 # The Trainer counts those of the first.
-                self._track_num_input_tokens(batch)
+                self._track_num_input_tokens(batch)  # type: ignore[no-untyped-call]
         # Unscaled later, where the Trainer clips or steps.
         controller.normalize_(unscale=False)
         if self._taken >= self.state.max_steps:
@@ -197,11 +201,11 @@ class AdaptiveAccumulationMixin(Trainer):
             with controller.hear(loss, weight) as weighted:
                 backward(weighted, **kwargs)
 
-        accelerator.backward = heard  # type: ignore[method-assign]
+        accelerator.backward = heard
         try:
             yield
         finally:
-            accelerator.backward = backward  # type: ignore[method-assign]
+            accelerator.backward = backward
 
     def _end_window(self, loader: Any) -> None:
         """After the optimizer's step, the scheduler's one step and the clearing of the gradients."""
@@ -226,8 +230,17 @@ class AdaptiveAccumulationMixin(Trainer):
         labels = batch.get("shift_labels", batch.get("labels"))
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return _examples(batch)
-        shifts = self._loss_shifts_labels and "shift_labels" not in batch
+        shifts = "shift_labels" not in batch and self._shifts()
         return (labels[..., 1:] if shifts else labels).ne(IGNORED).sum()
+
+    def _shifts(self) -> bool:
+        """Whether the model's loss shifts its labels."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # The Trainer goes by names that end in ForCausalLM, and misses GPT2LMHeadModel.
+        causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        aligned = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return bool(self._loss_shifts_labels or (causal and not aligned))
 
     def _required(self) -> BatchController:
         if self.controller is None:
@@ -235,7 +248,7 @@ class AdaptiveAccumulationMixin(Trainer):
         return self.controller
 
 
-class AdaptiveAccumulationState(TrainerCallback, ExportableState):  # type: ignore[misc]
+class AdaptiveAccumulationState(TrainerCallback, ExportableState):
     """Tells the mixin when a training begins and a window ends, and carries its state into checkpoints.
 
     Args:
@@ -333,7 +346,7 @@ def _refusals(trainer: Any) -> Iterable[tuple[bool, str]]:
     )
     yield (
         args.n_gpu > 1,
-        f"needs one process a GPU, got DataParallel on {args.n_gpu}; launch with torchrun, or set CUDA_VISIBLE_DEVICES.",
+        f"needs one process a GPU, got DataParallel on {args.n_gpu}; launch it with torchrun.",
     )
     yield (
         "lomo" in str(getattr(args.optim, "value", args.optim)),
