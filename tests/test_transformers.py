@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from adaptbatch import Fixed, Limits, RelativeStandardError, Replay
 from tests.reference import hand_written_loop
 from tests.test_controller import LastDigits, equal_state, split
-from tests.test_distributed import spawn
 
 transformers = pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -340,28 +338,6 @@ def test_a_micro_batch_without_targets_is_left_out(tmp_path: Path) -> None:
     table = training.controller.history.to_pandas()
     assert table["accumulation_steps"].tolist() == [1, 2, 1, 2]
     assert table["loss"].notna().all()
-
-
-def ranked(rank: int, folder: str) -> dict[str, Any]:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    data, model = sentences(), gpt2()
-    training = token_trainer(Path(folder), model, data, [2, 3, 1, 4], ddp_find_unused_parameters=False)
-    training.train()
-    table = training.controller.history.to_pandas()
-    return {"parameters": [p.detach() for p in model.parameters()], "batch": table["global_batch"].tolist()}
-
-
-def test_two_ranks_step_on_the_mean_over_the_tokens_of_both(tmp_path: Path) -> None:
-    """Eleven micro-batches an epoch, given to the ranks in turn, and to the second rank the first one again."""
-    found = spawn(ranked, tmp_path, str(tmp_path))
-    data, twin = sentences(), gpt2()
-    cells = [data[i : i + 2] for i in range(0, len(data), 2)]
-    pairs = [cells[i] + (cells[i + 1 :] or cells)[0] for i in range(0, len(cells), 2)]
-    expected = split(pairs, [2, 3, 1, 4]) + split(pairs, [4])
-    token_loop(twin, expected)
-    for result in found:
-        assert result["batch"] == [sum(len(one) - 1 for pair in window for one in pair) for window in expected]
-        assert_same_tokens(result["parameters"], twin)
 
 
 def test_a_weight_of_ones_own(tmp_path: Path) -> None:
