@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from adaptbatch import noise
 from adaptbatch.checks import checked_weight, require_scalar_loss, require_scaler
-from adaptbatch.distributed import Ranks, Sync
+from adaptbatch.distributed import Ranks, Sync, require_agreement
 from adaptbatch.explain import explain
 from adaptbatch.history import History, decision_row
 from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
@@ -30,7 +30,7 @@ from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule
 from adaptbatch.sensor import Metric, Sensor
 from adaptbatch.stream import Stream
-from adaptbatch.window import OPEN_STATE, FinishedWindow, HostCopy, OpenWindow
+from adaptbatch.window import FINISHED_STATE, OPEN_STATE, FinishedWindow, OpenWindow
 
 STATE_VERSION = 4
 # Windows between two measurements of how much the ranks' data differ, each of which costs one more norm.
@@ -259,8 +259,9 @@ class BatchController:
         if self._window.cells == 0:
             self._open_window(loss, weight)
         window, closes = self._window, self._stream.closes
-        # Where every micro-batch synchronises, .grad is never this rank's own.
-        local = not self._ranks.synchronises(last=False)
+        # Only a scope knows that this is the window's last; after a backward pass that synchronised, .grad is no
+        # longer this rank's own.
+        local = self._ranks.several and self._stream.used is not None and (window.cells == 0 or not window.synced)
         sums = local and closes and self._loop.progress.window % SHARDS_EVERY == 0
         with self._sensor.hearing(window, loss, weight, sums) as weighted:
             yield weighted
@@ -318,9 +319,10 @@ class BatchController:
             return
         if self._scaler is not None and unscale:
             self._scaler.unscale_(self.optimizer)
-        self._shared = self._sensor.normalize_(self._window, self._note(), scaled=not unscale)
+        note = self._note() if self._ranks.several else {}
+        self._shared = self._sensor.normalize_(self._window, note, scaled=not unscale)
         if self._ranks.several:
-            self._require_agreement()
+            require_agreement(self._ranks, note, self._shared)
             if self._shared["more"] < self._ranks.world_size:
                 self._stream.end()
 
@@ -330,15 +332,6 @@ class BatchController:
         digest = zlib.crc32(repr((k, decision.target_batch, decision.reason, self.examples_seen)).encode())
         note = {"steps": k, "sq_steps": k**2, "digest": digest, "more": not self._stream.last}
         return {name: float(value) for name, value in note.items()} | dict(zip(_SECONDS, self._seconds, strict=True))
-
-    def _require_agreement(self) -> None:
-        """By construction all ranks decide alike, from the same numbers; this proves it in every window."""
-        world, shared, own = self._ranks.world_size, self._shared, self._note()
-        if world * shared["sq_steps"] != shared["steps"] ** 2 or shared["digest"] != world * own["digest"]:
-            raise RuntimeError(
-                f"rank {self._ranks.rank} disagrees with the others: it takes {self.accumulation_steps} accumulation "
-                f"steps, the mean is {shared['steps'] / world:g}. Give every rank the same rule, limits and checkpoint."
-            )
 
     def step(self) -> Decision:
         """Normalise if that is not done, take the optimizer step, clear the gradients, record, choose the next ``k``.
@@ -578,11 +571,6 @@ class BatchController:
         """
         self._require_resumable("state_dict()")
         self._restore()
-        late = None
-        if self._late is not None:
-            numbers = [self._late.global_batch, float(self._late.pieces), *self._late.values.read()]
-            late = {"names": list(self._late.names), "numbers": numbers, "lr": self._late.lr}
-            late |= {"lr_factor": self._late.lr_factor, "steps": self._late.steps}
         return {
             "version": STATE_VERSION,
             "optimizer_step": self._optimizer_step,
@@ -592,7 +580,7 @@ class BatchController:
             "loop": self._loop.state_dict(),
             "decision": asdict(self._decision),
             "adjustment": asdict(self._adjustment),
-            "late_window": late,
+            "late_window": None if self._late is None else self._late.state_dict(),
             "window": self._window.state_dict() if self._window.cells else None,
             "sensor": self._sensor.state_dict(self._window),
         }
@@ -617,9 +605,9 @@ class BatchController:
         adjustment, decision = state["adjustment"], state["decision"]
         require_keys("state['adjustment']", adjustment, asdict(UNTOUCHED))
         require_keys("state['decision']", decision, asdict(self._decision))
-        late, names = state["late_window"], ("names", "numbers", "lr", "lr_factor", "steps")
+        late = state["late_window"]
         if late is not None:
-            require_keys("state['late_window']", late, names)
+            require_keys("state['late_window']", late, FINISHED_STATE)
         require_keys("state['sensor']", state["sensor"], ("gradients", "kept", "previous"))
         window = state["window"]
         if window is not None:
@@ -632,8 +620,7 @@ class BatchController:
         loop = Loop.from_state_dict(state["loop"])
         # What the data set is and how it is measured belongs to this controller, not to the checkpoint.
         at = self._loop.progress
-        progress = replace(loop.progress, population=at.population, by_example=at.by_example)
-        progress = replace(progress, world_size=at.world_size)
+        progress = replace(loop.progress, population=at.population, by_example=at.by_example, world_size=at.world_size)
         self._loop = replace(loop, progress=progress)
         self._decision = Decision(**decision)
         self._adjustment = Adjustment(**adjustment)
@@ -646,7 +633,7 @@ class BatchController:
         device = self._sensor.parameters[0].device
         self._window = OpenWindow() if window is None else OpenWindow.from_state_dict(window, device)
         self._restored = state["sensor"]
-        self._late = None if late is None else _late_window(**late)
+        self._late = None if late is None else FinishedWindow.from_state_dict(late)
 
     # --- refusals -----------------------------------------------------------------------------------------------
 
@@ -687,10 +674,3 @@ class BatchController:
 
 _NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
 _SECONDS = ("step_seconds", "seconds")
-
-
-def _late_window(
-    names: Sequence[str], numbers: Sequence[float], lr: float | None, lr_factor: float, steps: int
-) -> FinishedWindow:
-    n, pieces, *values = numbers
-    return FinishedWindow(n, 0, int(pieces), tuple(names), HostCopy.of(values), lr, lr_factor, steps=steps)

@@ -5,7 +5,8 @@ Alone, all of it is a no-op.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -66,18 +67,23 @@ class Ranks:
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch: gradients are synchronised in a window's last one."""
-        if self.sharded:
-            self._model.set_requires_gradient_sync(last or self._sync == "every")  # type: ignore[operator]
-        quiet = self._replicated and not last and self._sync == "last"
-        with self._model.no_sync() if quiet else nullcontext():  # type: ignore[operator]
-            yield
+        quiet = not self.synchronises(last)
+        with self._model.no_sync() if quiet and self._replicated else nullcontext():  # type: ignore[operator]
+            if self.sharded:
+                self._model.set_requires_gradient_sync(not quiet)  # type: ignore[operator]
+            try:
+                yield
+            finally:
+                # A backward pass outside of any scope synchronises.
+                if self.sharded:
+                    self._model.set_requires_gradient_sync(True)  # type: ignore[operator]
 
     def synchronises(self, last: bool) -> bool:
         """Whether a micro-batch in such a scope synchronises."""
         return not self.several or last or self._sync == "every"
 
     def sum(self, named: Mapping[str, float | Tensor]) -> dict[str, float]:
-        """Sums over the ranks, in one all-reduce, which also finds ranks that go different ways.
+        """Sums over the ranks, in one all-reduce.
 
         Args:
             named: Numbers and scalar tensors, under the same names on every rank.
@@ -85,11 +91,11 @@ class Ranks:
         Raises:
             RuntimeError: If another rank died, or takes no part until the process group's timeout.
         """
-        device = next((v.device for v in named.values() if isinstance(v, Tensor)), torch.device("cpu"))
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        values = torch.stack([torch.as_tensor(v, dtype=wide, device=device) for v in named.values()])
-        if self.several:
-            self._all_reduce(values, dist.ReduceOp.SUM)
+        if not self.several:
+            return {name: float(value) for name, value in named.items()}
+        device = next(self._model.parameters()).device
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in named.values()])
+        self._all_reduce(values, dist.ReduceOp.SUM)
         return dict(zip(named, map(float, values.tolist()), strict=True))
 
     def everyone(self, flag: bool) -> bool:
@@ -124,15 +130,30 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def unique_shares(parameters: Sequence[Parameter], world_size: int) -> list[float]:
-    """What a rank's squared norm of each parameter counts in the sum over ranks: 1 over the copies of its shard."""
-    return [_shards(p) / world_size for p in parameters]
+def unique_share(parameter: Parameter, world_size: int) -> float:
+    """What a rank's squared norm of it counts in the sum over ranks: 1 over the copies of its shard."""
+    shards = 1
+    if is_sharded(parameter):
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        shards = math.prod(size for size, place in zip(mesh.shape, placements, strict=True) if place.is_shard())
+    return shards / world_size
 
 
-def _shards(parameter: Parameter) -> int:
-    if not is_sharded(parameter):
-        return 1
-    count = 1
-    for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):  # type: ignore[attr-defined]
-        count *= size if placement.is_shard() else 1
-    return count
+def require_agreement(ranks: Ranks, own: Mapping[str, float], shared: Mapping[str, float]) -> None:
+    """By construction all ranks decide alike, from the same numbers; this proves it in every window.
+
+    Args:
+        ranks: Several.
+        own: ``steps``, its square ``sq_steps`` and ``digest``, whole numbers, of this rank.
+        shared: Their sums.
+
+    Raises:
+        RuntimeError: If one rank's numbers are others.
+    """
+    world = ranks.world_size
+    # Equal only if all are, by Cauchy and Schwarz, so that every rank raises; the digest may tell only one of them.
+    if world * shared["sq_steps"] != shared["steps"] ** 2 or shared["digest"] != world * own["digest"]:
+        raise RuntimeError(
+            f"rank {ranks.rank} disagrees with the others: it takes {own['steps']:.0f} accumulation steps, the mean is "
+            f"{shared['steps'] / world:g}. Give every rank the same rule, limits and checkpoint."
+        )

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from adaptbatch.checks import require_examples
-from adaptbatch.distributed import Ranks, local_part, unique_shares
+from adaptbatch.distributed import Ranks, local_part, unique_share
 from adaptbatch.ghost import GhostProbe
 from adaptbatch.gradients import PreviousGradient, WindowGradients
 from adaptbatch.learning_rate import Adjustment
@@ -217,9 +217,12 @@ class Sensor:
         if not self._ranks.sharded:
             sq_norm = batch_gradient_sq_norm(self.parameters, scales)
             return sq_norm / self._ranks.world_size if self._ranks.several else sq_norm
-        shares = unique_shares(self.parameters, self._ranks.world_size)
-        pairs = [(p.grad, share) for p, share in zip(self.parameters, shares, strict=True) if p.grad is not None]
-        return torch.stack([share * gradient_norm(local_part(grad)).double().square() for grad, share in pairs]).sum()
+        terms = [
+            unique_share(p, self._ranks.world_size) * gradient_norm(local_part(p.grad)).double().square()
+            for p in self.parameters
+            if p.grad is not None
+        ]
+        return torch.stack(terms).sum()
 
     def layer_measurements(self, window: OpenWindow) -> dict[str, Measurement]:
         """Each parameter's part of a normalised ``window`` of one micro-batch, by name; reads the host.

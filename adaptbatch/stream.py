@@ -27,7 +27,8 @@ class Stream:
     def __init__(self, ranks: Ranks, fills: Callable[[], bool]) -> None:
         self._ranks = ranks
         self._fills = fills
-        self.last, self.closes, self.used = False, True, None  # type: bool, bool, bool | None
+        self.last, self.closes = False, True
+        self.used: bool | None = None
         self.unused = 0
         self._ended = False
         self._loader: Any = None
@@ -112,7 +113,9 @@ class Stream:
         missing = upcoming is _MISSING
         if not self._ranks.lockstep:
             return missing
-        return missing or handed >= length if length is not None else not self._ranks.everyone(not missing)
+        if length is not None:
+            return missing or handed >= length
+        return not self._ranks.everyone(not missing)
 
     def _report(self, loader: Iterable[Any], handed: int, upcoming: object) -> None:
         if upcoming is _MISSING:

@@ -145,6 +145,7 @@ class OpenWindow:
 _OPEN = ("reference", "weight", "largest", "cells", "all_cells", "pieces", "due")
 _SUMS = ("weighted", "metric_weighted", "loss_sum", "scale")
 OPEN_STATE = (*_OPEN, *_SUMS)
+FINISHED_STATE = ("names", "numbers", "lr", "lr_factor", "steps")
 
 
 @dataclass
@@ -165,6 +166,19 @@ class FinishedWindow:
     all_cells: int = 0
     steps: int = 0
     row: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What pooling it later needs, in plain numbers; waits for them."""
+        numbers = [self.global_batch, float(self.pieces), *self.values.read()]
+        state = {"names": list(self.names), "numbers": numbers, "lr": self.lr}
+        return state | {"lr_factor": self.lr_factor, "steps": self.steps}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> FinishedWindow:
+        """The window whose :meth:`state_dict` this is; its history row is another run's."""
+        n, pieces, *values = state["numbers"]
+        counts, named = (n, 0, int(pieces)), (tuple(state["names"]), HostCopy.of(values))
+        return cls(*counts, *named, lr=state["lr"], lr_factor=state["lr_factor"], steps=state["steps"])
 
     def named(self) -> Mapping[str, float]:
         """The scalars by name; waits for them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,55 @@ def dying(rank: int, folder: str) -> None:
                 torch.save(str(error), f"{folder}/message.pt")
                 # A gloo group with a dead member may abort the process that takes it down.
                 os._exit(0)
+
+
+def unscoped(rank: int, shards_parameters: bool) -> dict[str, Any]:
+    """A hand-written loop: one window in scopes, one after a scope without any, where every backward synchronises."""
+    from torch.distributed.fsdp import fully_shard
+
+    model: nn.Module = small_model()
+    if shards_parameters:
+        fully_shard(model)
+    else:
+        model = DistributedDataParallel(model)
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+    for index, x in enumerate(batches([4] * 6, seed=rank)):
+        with controller.micro_batch() if index in (0, 1, 2) else nullcontext():
+            controller.backward(squared(model, x), weight=len(x))
+        if controller.step_due:
+            controller.step()
+    full = [p.full_tensor() if shards_parameters else p for p in model.parameters()]
+    return {"rows": controller.history.to_pandas(), "parameters": [p.detach() for p in full]}
+
+
+class TestWithoutScopes:
+    @pytest.mark.parametrize("shards_parameters", [False, True], ids=["replicated", "sharded"])
+    def test_a_backward_outside_of_a_scope_synchronises(self, tmp_path, shards_parameters):
+        ranks, twin = spawn(unscoped, tmp_path, shards_parameters), small_model()
+        optimizer = sgd(twin)
+        for low in (0, 2, 4):
+            squared(twin, torch.cat([x for r in range(2) for x in batches([4] * 6, r)[low : low + 2]])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for found in ranks:
+            for p, q in zip(found["parameters"], twin.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+    def test_the_shards_are_not_judged_by_gradients_that_are_averaged_already(self, tmp_path):
+        """Two micro-batches that both synchronise: what a rank accumulated is not its own, and is not measured."""
+        rows = spawn(all_unscoped, tmp_path)[0]["rows"]
+        assert rows["noise_trace"].notna().all()
+        assert rows["shard_ratio"].isna().all()
+
+
+def all_unscoped(rank: int) -> dict[str, Any]:
+    model = DistributedDataParallel(small_model())
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+    for x in batches([4] * 4, seed=rank):
+        controller.backward(squared(model, x), weight=len(x))
+        if controller.step_due:
+            controller.step()
+    return {"rows": controller.history.to_pandas()}
 
 
 class TestFaults:
