@@ -61,14 +61,14 @@ def share(x: Tensor) -> Tensor:
     return x[rank() :: world_size()]
 
 
-class _Loss(nn.Module):
-    """DistributedDataParallel synchronises what is computed in forward()."""
+class Loss(nn.Module):
+    """A network's loss as a module: DistributedDataParallel synchronises what is computed in forward()."""
 
     def __init__(self, network: Autoencoder) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, codes: torch.Generator) -> Tensor:
+    def forward(self, x: Tensor, codes: torch.Generator | None = None) -> Tensor:
         return self.network.loss(x, codes)
 
 
@@ -76,5 +76,5 @@ def synchronised(network: Autoencoder) -> tuple[nn.Module, LossOf]:
     """The model for the controller and the loss to back-propagate: plain in one process."""
     if world_size() == 1:
         return network, network.loss
-    model = DistributedDataParallel(_Loss(network))
+    model = DistributedDataParallel(Loss(network))
     return model, model

@@ -20,7 +20,7 @@ from torch import nn
 
 import adaptbatch as ab
 from adaptbatch.history import COLUMNS as HISTORY
-from studies import accuracy, analysis, data, overhead, quick, schema
+from studies import accuracy, analysis, contenders, data, overhead, quick, schema
 from studies.networks import Autoencoder, ResidualLayer, fit_width
 from studies.runner import Run, run_all
 from studies.training import Arm, Task, evaluate, shuffled_passes, train
@@ -287,13 +287,13 @@ def test_estimates_equal_the_exact_covariance():
 
 def test_ours_does_the_work_of_the_hand_written_loop(monkeypatch):
     """What is timed is the same step: after a window the parameters are equal to the last bit."""
-    monkeypatch.setattr(overhead, "STEPS", 2)
+    monkeypatch.setattr(contenders, "STEPS", 2)
     start, x = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False), torch.rand(8, 784)
     ends = []
     for name in ("hand-written loop", "adaptbatch"):
         net = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False)
         net.load_state_dict(start.state_dict())
-        overhead.available()[name](net)(list(x.split(4)))
+        contenders.available()[name](net)(list(x.split(4)))
         ends.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]))
     assert torch.equal(*ends)
     assert not torch.equal(ends[0], torch.cat([p.detach().reshape(-1) for p in start.parameters()]))

@@ -358,7 +358,7 @@ def test_accumulation_by_the_trainer_is_refused(tmp_path: Path) -> None:
 
 def test_inputs_without_a_tensor_need_a_weight(tmp_path: Path) -> None:
     training = trainer(tmp_path, Regression(), examples())
-    with pytest.raises(ValueError, match=r"weight must be given for inputs without a tensor"):
+    with pytest.raises(ValueError, match=r"weight must be given for a batch without a tensor"):
         training._weigh({"x": 3.0})
 
 

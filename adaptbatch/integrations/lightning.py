@@ -16,6 +16,7 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 
 from adaptbatch.controller import BatchController
+from adaptbatch.integrations.shared import examples_of, refuse
 from adaptbatch.rules import Limits, Rule
 from adaptbatch.sensor import Metric
 
@@ -83,7 +84,7 @@ class AdaptiveAccumulation(L.Callback):
             "phase": phase,
             "process_group": process_group,
         }
-        self._weigh = _first_dimension if weight is None else weight
+        self._weigh = examples_of if weight is None else weight
         self._weight = 0.0
         self._heard = 0
         self._stepped = False
@@ -97,7 +98,7 @@ class AdaptiveAccumulation(L.Callback):
     # --- a run --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _require_supported(trainer, pl_module)
+        refuse("AdaptiveAccumulation", _refusals(trainer, pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # The first hook after the checkpoint's optimizer states have been loaded; callbacks have theirs before.
@@ -245,17 +246,6 @@ class AdaptiveAccumulation(L.Callback):
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 
-def _require_supported(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Refuse what else decides when to step.
-
-    Raises:
-        ValueError: Named after it.
-    """
-    for refused, problem in _refusals(trainer, module):
-        if refused:
-            raise ValueError(f"AdaptiveAccumulation {problem}")
-
-
 def _refusals(trainer: L.Trainer, module: L.LightningModule) -> Iterable[tuple[bool, str]]:
     optimizers = trainer.optimizers
     others = (GradientAccumulationScheduler, StochasticWeightAveraging)
@@ -288,28 +278,3 @@ def _refusals(trainer: L.Trainer, module: L.LightningModule) -> Iterable[tuple[b
         "dataloader_iter" in inspect.signature(module.training_step).parameters,
         "has to know an epoch's last batch before its training_step, got one that takes dataloader_iter; take batch.",
     )
-
-
-def _first_dimension(batch: Any) -> float:
-    """The first dimension of the first tensor in ``batch``.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    size = _size(batch)
-    if size is None:
-        raise ValueError(
-            f"weight must be given for batches without a tensor that has a dimension, got {type(batch).__name__}; a "
-            f"function of the batch: AdaptiveAccumulation(weight=len)."
-        )
-    return float(size)
-
-
-def _size(batch: Any) -> int | None:
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    elif not isinstance(batch, (list, tuple)):
-        return None
-    return next((size for size in map(_size, batch) if size is not None), None)

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from adaptbatch.controller import BatchController
+from adaptbatch.integrations.shared import examples_of, refuse
 from adaptbatch.rules import Limits, Rule
 from adaptbatch.sensor import Metric
 
@@ -82,7 +83,7 @@ class AdaptiveAccumulationMixin(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _require_supported(self)
+        refuse("AdaptiveAccumulationMixin", _refusals(self))
         self.controller: BatchController | None = None
         self._options: dict[str, Any] = {
             "rule": rule,
@@ -229,7 +230,7 @@ class AdaptiveAccumulationMixin(Trainer):
     def _target_items(self, batch: Mapping[str, Any]) -> Any:
         labels = batch.get("shift_labels", batch.get("labels"))
         if not isinstance(labels, Tensor) or labels.is_floating_point():
-            return _examples(batch)
+            return examples_of(batch)
         shifts = "shift_labels" not in batch and self._shifts()
         return (labels[..., 1:] if shifts else labels).ne(IGNORED).sum()
 
@@ -304,33 +305,7 @@ def _on_host(weights: list[Any]) -> list[float]:
     return [float(weight) for weight in weights]
 
 
-def _examples(batch: Mapping[str, Any]) -> int:
-    """The first dimension of the first tensor in ``batch``.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    raise ValueError(
-        f"weight must be given for inputs without a tensor that has a dimension, got {sorted(batch)}; a function of "
-        f"the inputs: weight=lambda inputs: ..."
-    )
-
-
 # --- refusals ---------------------------------------------------------------------------------------------------
-
-
-def _require_supported(trainer: Any) -> None:
-    """Refuse what else decides when to step.
-
-    Raises:
-        ValueError: Named after it.
-    """
-    for refused, problem in _refusals(trainer):
-        if refused:
-            raise ValueError(f"AdaptiveAccumulationMixin {problem}")
 
 
 def _refusals(trainer: Any) -> Iterable[tuple[bool, str]]:

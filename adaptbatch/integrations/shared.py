@@ -1,0 +1,53 @@
+"""What the integrations share: refusals, and the examples of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def refuse(name: str, problems: Iterable[tuple[bool, str]]) -> None:
+    """Raise the first problem that is one.
+
+    Args:
+        name: Of what refuses.
+        problems: Whether it is one, and what it says after the name.
+
+    Raises:
+        ValueError: Named after it.
+    """
+    for refused, problem in problems:
+        if refused:
+            raise ValueError(f"{name} {problem}")
+
+
+def examples_of(batch: Any) -> int:
+    """The first dimension of the first tensor in ``batch``, in any nesting of mappings, lists and tuples.
+
+    Raises:
+        ValueError: If there is none.
+
+    Example:
+        >>> import torch
+        >>> examples_of({"name": "a", "pair": (torch.zeros(()), torch.zeros(3, 2))})
+        3
+    """
+    size = _size(batch)
+    if size is None:
+        raise ValueError(
+            f"weight must be given for a batch without a tensor that has a dimension, got {type(batch).__name__}; a "
+            f"function of the batch: weight=lambda batch: ..."
+        )
+    return size
+
+
+def _size(batch: Any) -> int | None:
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return None
+    return next((size for size in map(_size, batch) if size is not None), None)
