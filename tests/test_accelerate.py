@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -63,17 +64,33 @@ def test_its_checkpoints_carry_the_controller(tmp_path):
     pd.testing.assert_frame_equal(other.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True)
 
 
+@pytest.fixture
+def fresh_state():
+    """Accelerate keeps one precision for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_state")
 def test_bfloat16_autocast_is_measured():
-    # The state that Accelerate keeps for a process allows one precision.
-    Accelerator._shared_state = {}
-    accelerator = Accelerator(cpu=True)
-    accelerator.state._mixed_precision = "bf16"
-    model = small_model(dtype=torch.float32)
+    """The layers compute in bfloat16; norms are near those of float32, as 8 bits of every gradient allow."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model, plain = small_model(dtype=torch.float32), small_model(dtype=torch.float32)
+    inside = []
+    model[0].register_forward_hook(lambda module, args, output: inside.append(output.dtype))
     model, optimizer = accelerator.prepare(model, sgd(model))
-    controller = controller_for(accelerator, model, optimizer, rule=ab.Fixed(2))
-    assert model(batches([4], dtype=torch.float32)[0]).dtype == torch.float32
-    train(controller, [(x,) for x in batches([4] * 4, dtype=torch.float32)])
-    assert (controller.history.to_pandas()["batch_grad_norm"] > 0.0).all()
+    data = [(x,) for x in batches([32] * 2, dtype=torch.float32)]
+    rows = []
+    for controller in (
+        controller_for(accelerator, model, optimizer, rule=ab.Fixed(2)),
+        ab.BatchController(plain, sgd(plain), rule=ab.Fixed(2)),
+    ):
+        train(controller, data)
+        rows.append(controller.history.to_pandas().iloc[0])
+    assert set(inside) == {torch.bfloat16}
+    assert rows[0]["batch_grad_norm"] == pytest.approx(rows[1]["batch_grad_norm"], rel=0.02)
+    assert rows[0]["batch_grad_norm"] != rows[1]["batch_grad_norm"]
 
 
 def test_accumulation_of_its_own_is_refused():

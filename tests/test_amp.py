@@ -120,6 +120,20 @@ class TestScaler:
         for name in ("loss", "noise_trace", "grad_sq_norm", "batch_grad_norm", "consecutive_product"):
             assert found[name].to_numpy() == pytest.approx(expected[name].to_numpy(), rel=1e-4, nan_ok=True)
 
+    def test_a_step_that_a_guard_skips_leaves_the_scaler_fit_for_the_next(self):
+        """A finite gradient a thousand times longer than usual: no step, and the scale does not fall for it."""
+        model, scaler = small_model(dtype=torch.float32), GradScaler("cpu", init_scale=1024.0)
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), guard=ab.Guard(), scaler=scaler)
+        data = batches([8] * 48, dtype=torch.float32)
+        for index, x in enumerate(data):
+            loss = squared(model, x) * (1000.0 if index in (40, 41) else 1.0)
+            controller.backward(loss, weight=len(x))
+            if controller.step_due:
+                controller.step()
+        rows = controller.history.to_pandas()
+        assert rows["skipped"].to_numpy().nonzero()[0].tolist() == [20]
+        assert scaler.get_scale() == 1024.0
+
     def test_record_step_needs_the_mean(self):
         model = small_model()
         controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from adaptbatch import Fixed, Limits, RelativeStandardError, Replay
 from tests.reference import hand_written_loop
 from tests.test_controller import LastDigits, equal_state, split
+from tests.test_distributed import spawn
 
 transformers = pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -338,6 +341,32 @@ def test_a_micro_batch_without_targets_is_left_out(tmp_path: Path) -> None:
     table = training.controller.history.to_pandas()
     assert table["accumulation_steps"].tolist() == [1, 2, 1, 2]
     assert table["loss"].notna().all()
+
+
+def ranked(rank: int, folder: str, port: int) -> dict[str, Any]:
+    # What torchrun sets, and Accelerate asks for though the group exists.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    data, model = sentences(), gpt2()
+    training = token_trainer(Path(folder), model, data, [2, 3, 1, 4], ddp_find_unused_parameters=False)
+    training.train()
+    batch = training.controller.history.to_pandas()["global_batch"].tolist()
+    return {"parameters": [p.detach() for p in model.parameters()], "batch": batch}
+
+
+def test_two_ranks_step_on_the_mean_over_the_tokens_of_both(tmp_path: Path) -> None:
+    """Eleven micro-batches an epoch, given to the ranks in turn, and to the second rank the first one again."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    found, data, twin = spawn(ranked, tmp_path, str(tmp_path), port), sentences(), gpt2()
+    cells = [data[i : i + 2] for i in range(0, len(data), 2)]
+    pairs = [cells[i] + (cells[i + 1 :] or cells)[0] for i in range(0, len(cells), 2)]
+    expected = split(pairs, [2, 3, 1, 4]) + split(pairs, [4])
+    token_loop(twin, expected)
+    for result in found:
+        assert result["batch"] == [sum(len(one) - 1 for pair in window for one in pair) for window in expected]
+        assert_same_tokens(result["parameters"], twin)
 
 
 def test_a_weight_of_ones_own(tmp_path: Path) -> None:
