@@ -12,23 +12,23 @@ from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from adaptbatch import noise
-from adaptbatch.checks import checked_weight, require_scalar_loss, require_scaler
+from adaptbatch.checks import checked_weight, require_scalar_loss
 from adaptbatch.distributed import Ranks, Sync, require_agreement
 from adaptbatch.explain import explain
 from adaptbatch.history import History, decision_row
 from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
 from adaptbatch.loop import Loop, require_keys
-from adaptbatch.optimizer_state import applied_beta2, require_coupling, scaled_step
+from adaptbatch.optimizer_state import applied_beta2
 from adaptbatch.probe import all_gradients_finite
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule
 from adaptbatch.sensor import Metric, Sensor
+from adaptbatch.stepping import Stepper
 from adaptbatch.stream import Stream
 from adaptbatch.window import FINISHED_STATE, OPEN_STATE, FinishedWindow, OpenWindow
 
@@ -109,7 +109,6 @@ class BatchController:
         sync: Sync = "last",
         skip_nonfinite: bool = True,
     ) -> None:
-        require_scaler(scaler)
         if population is not None and not population >= 1.0:
             raise ValueError(
                 f"population must be at least 1 example, got population = {population!r}; None: unlimited."
@@ -120,13 +119,9 @@ class BatchController:
         self._ranks = ranks = Ranks(model, process_group, sync)
         limits = Limits() if limits is None else limits
         self.limits = limits.resolve(self.rule, world_size=ranks.world_size, by_example=ghost)
-        if learning_rate is not None:
-            require_coupling(optimizer, learning_rate)
         self.guard = guard
-        self._coupling = learning_rate
-        self._adjustment = UNTOUCHED
+        self._stepper = Stepper(optimizer, scaler, learning_rate)
         self.history = History(self._settle)
-        self._scaler = scaler
         # All leave out steps, and so have to see a window before its step; several ranks see it when they agree on it.
         self._reads_first = skip_nonfinite or guard is not None or scaler is not None or ranks.several
         self._skips_nonfinite = skip_nonfinite or scaler is not None
@@ -236,8 +231,7 @@ class BatchController:
                 within the backward pass the window's gradients are incomplete: :meth:`discard_window`.
         """
         with self.hear(loss, weight) as weighted:
-            scaled = weighted if self._scaler is None else self._scaler.scale(weighted)
-            scaled.backward()  # type: ignore[no-untyped-call]
+            self._stepper.scaled(weighted).backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def hear(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
@@ -317,8 +311,8 @@ class BatchController:
         self._restore()
         if self._window.norms.batch is not None:
             return
-        if self._scaler is not None and unscale:
-            self._scaler.unscale_(self.optimizer)
+        if unscale:
+            self._stepper.unscale_()
         note = self._note() if self._ranks.several else {}
         self._shared = self._sensor.normalize_(self._window, note, scaled=not unscale)
         if self._ranks.several:
@@ -348,8 +342,7 @@ class BatchController:
         window = self._finished()
         skipped = self._skips(window)
         applied = UNTOUCHED if skipped else self._take_step()
-        if self._scaler is not None:
-            self._scaler.update()
+        self._stepper.update()
         self.optimizer.zero_grad()
         return self._finish(window, applied, skipped, began)
 
@@ -413,25 +406,10 @@ class BatchController:
         return skips
 
     def _take_step(self) -> Adjustment:
-        """The optimizer's step, under the coupling's adjustment for the batch as it was decided."""
-        if self._coupling is None:
-            self._step_optimizer()
-            return UNTOUCHED
-        progress = self._loop.progress
-        known = not math.isnan(progress.cell_examples)
-        cell = progress.cell_examples if known else self._window.weight / self._window.all_cells
-        batch, evidence = progress.accumulation_steps * cell * progress.world_size, self._loop.pooled.estimate()
-        adjustment = self._coupling.adjust(batch, evidence, self._adjustment, progress.population)
-        with scaled_step(self.optimizer, adjustment, self._adjustment):
-            self._step_optimizer()
-        self._adjustment = adjustment
-        return adjustment
-
-    def _step_optimizer(self) -> None:
-        if self._scaler is None:
-            self.optimizer.step()
-        else:
-            self._scaler.step(self.optimizer)
+        """The optimizer's step, for the batch as it was decided: a partial window's is no smaller."""
+        at, window = self._loop.progress, self._window
+        cell = window.weight / window.all_cells if math.isnan(at.cell_examples) else at.cell_examples
+        return self._stepper.step(at.accumulation_steps * cell * at.world_size, self._loop.pooled, at.population)
 
     # --- the end of a window ------------------------------------------------------------------------------------
 
@@ -517,10 +495,8 @@ class BatchController:
                 "(set_to_none=True) first. step() clears them itself."
             )
         reference = self._expected_weight(weight) * self.accumulation_steps
-        self._window = self._sensor.open_window(reference, self._adjustment, self._optimizer_step)
-        if self._scaler is not None:
-            # Reading the scale itself would wait for the device; it changes between windows only.
-            self._window.scale = self._scaler.scale(torch.ones((), device=loss.device))
+        self._window = self._sensor.open_window(reference, self._stepper.applied, self._optimizer_step)
+        self._window.scale = self._stepper.loss_scale(loss.device)
 
     def _expected_weight(self, weight: float) -> float:
         """Of a micro-batch in the window that opens with ``weight``; the same on all ranks."""
@@ -533,7 +509,7 @@ class BatchController:
         """Put a checkpoint's gradients in place, once model and optimizer have been loaded as well."""
         if self._restored is not None:
             state, self._restored = self._restored, None
-            self._sensor.load_state_dict(state, self._window, self._adjustment, self._optimizer_step)
+            self._sensor.load_state_dict(state, self._window, self._stepper.applied, self._optimizer_step)
 
     def close(self) -> None:
         """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""
@@ -579,7 +555,7 @@ class BatchController:
             "skips_in_a_row": self._skips_in_a_row,
             "loop": self._loop.state_dict(),
             "decision": asdict(self._decision),
-            "adjustment": asdict(self._adjustment),
+            "adjustment": asdict(self._stepper.applied),
             "late_window": None if self._late is None else self._late.state_dict(),
             "window": self._window.state_dict() if self._window.cells else None,
             "sensor": self._sensor.state_dict(self._window),
@@ -623,7 +599,7 @@ class BatchController:
         progress = replace(loop.progress, population=at.population, by_example=at.by_example, world_size=at.world_size)
         self._loop = replace(loop, progress=progress)
         self._decision = Decision(**decision)
-        self._adjustment = Adjustment(**adjustment)
+        self._stepper.applied = Adjustment(**adjustment)
         self._optimizer_step = int(state["optimizer_step"])
         self._backward_passes = int(state["backward_passes"])
         self._skips_in_a_row = int(state["skips_in_a_row"])

@@ -484,11 +484,11 @@ class TestState:
         """Through torch.save and the default torch.load, also within a window, loaded in either order."""
         data = batches([4, 3, 5] * 16, dtype=torch.float32)
 
-        def fresh(seed: int) -> ab.BatchController:
+        def fresh(seed: int) -> tuple[ab.BatchController, torch.amp.GradScaler | None]:
             model = small_model(seed, dtype=torch.float32)
             optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.5))
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if "scaler" in options else None
-            return ab.BatchController(model, optimizer, **(options | ({"scaler": scaler} if scaler else {})))
+            return ab.BatchController(model, optimizer, **(options | {"scaler": scaler})), scaler
 
         def go_on(controller: ab.BatchController, data: Sequence[Tensor]) -> None:
             for x in data:
@@ -496,21 +496,21 @@ class TestState:
                 if controller.step_due:
                     controller.step()
 
-        whole, half = fresh(0), fresh(1)
+        (whole, scaler), (half, other_scaler) = fresh(0), fresh(1)
         go_on(whole, data[:stop])
-        saved, scaler = io.BytesIO(), whole._scaler
+        saved = io.BytesIO()
         state = [whole.model.state_dict(), whole.optimizer.state_dict(), whole.state_dict()]
         torch.save([*state, scaler.state_dict() if scaler else None], saved)
         done = len(whole.history)
         go_on(whole, data[stop:])
         saved.seek(0)
-        model, optimizer, controller, scaler = torch.load(saved)
+        model, optimizer, controller, scale = torch.load(saved)
         half.model.load_state_dict(model)
         loads = [lambda: half.optimizer.load_state_dict(optimizer), lambda: half.load_state_dict(controller)]
         for load in loads if optimizer_first else loads[::-1]:
             load()
-        if scaler:
-            half._scaler.load_state_dict(scaler)
+        if other_scaler:
+            other_scaler.load_state_dict(scale)
         go_on(half, data[stop:])
         assert equal_state(whole.model, half.model)
         for p, q in zip(whole.model.parameters(), half.model.parameters(), strict=True):
