@@ -374,8 +374,8 @@ class BatchController:
     def explain(self) -> str:
         """Why ``k`` is what it is, in three sentences: what was measured, what was decided, what speaks against it."""
         self._settle()
-        rows = self.history.to_pandas()
-        return explain(self.rule, self._loop.evidence(), self._loop.progress, self._decision, self.limits, rows)
+        loop, rows = self._loop, self.history.to_pandas()
+        return explain(self.rule, loop.evidence(), loop.progress, self._decision, self.limits, rows, loop.shards)
 
     def layer_noise(self) -> dict[str, NoiseEstimate]:
         """The unbiased pair of each parameter, by name, in a due window of one micro-batch; their sum is the whole's.

@@ -31,7 +31,13 @@ _WHY = {
 
 
 def explain(
-    rule: Rule, evidence: Evidence, progress: Progress, decision: Decision, limits: Limits, rows: pd.DataFrame
+    rule: Rule,
+    evidence: Evidence,
+    progress: Progress,
+    decision: Decision,
+    limits: Limits,
+    rows: pd.DataFrame,
+    shards: noise.ShardTracker,
 ) -> str:
     """Three sentences: what was measured, what was decided and why, what to be careful about.
 
@@ -42,16 +48,18 @@ def explain(
         decision: The last one.
         limits: Resolved ones.
         rows: The history, for the share of windows at the limits.
+        shards: Whether the ranks' data differ.
 
     Example:
         >>> import pandas as pd
         >>> from adaptbatch import Fixed
         >>> at = Progress(accumulation_steps=2, cell_examples=64.0, examples_seen=0.0)
-        >>> text = explain(Fixed(2), Evidence(), at, Decision(2, 128.0, "hold"), Limits(1), pd.DataFrame())
+        >>> decision = Decision(2, 128.0, "hold")
+        >>> text = explain(Fixed(2), Evidence(), at, decision, Limits(1), pd.DataFrame(), noise.ShardTracker())
         >>> print(text.split(". ")[0])
         No window has told anything about the noise yet
     """
-    parts = _measured(evidence, progress), _decided(rule, decision, progress), _careful(evidence, limits, rows)
+    parts = _measured(evidence, progress), _decided(rule, decision, progress), _careful(evidence, limits, rows, shards)
     return " ".join(parts)
 
 
@@ -78,7 +86,7 @@ def _decided(rule: Rule, decision: Decision, progress: Progress) -> str:
     )
 
 
-def _careful(evidence: Evidence, limits: Limits, rows: pd.DataFrame) -> str:
+def _careful(evidence: Evidence, limits: Limits, rows: pd.DataFrame, shards: noise.ShardTracker) -> str:
     cautions = []
     recent = rows.tail(RECENT)
     if len(recent):
@@ -95,6 +103,10 @@ def _careful(evidence: Evidence, limits: Limits, rows: pd.DataFrame) -> str:
         cautions.append(f"the last gradient a hundred times longer than usual came {ago:,.0f} examples ago")
     if evidence.response.phase < -2.0:
         cautions.append("consecutive gradients point against each other, as at a noise floor")
+    if shards.chance() < 0.01:
+        cautions.append(
+            f"the ranks' data differ: their means scatter {shards.ratio():.1f} times as much as one source's"
+        )
     return f"Mind that {'; '.join(cautions)}." if cautions else "Nothing speaks against it."
 
 

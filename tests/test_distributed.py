@@ -62,6 +62,7 @@ def train(model: nn.Module, data: list[Tensor], **options: Any) -> dict[str, Any
         unused = controller.unused_micro_batches
     return {
         "rows": controller.history.to_pandas(),
+        "explained": controller.explain(),
         "unused": unused,
         "warnings": [str(one.message) for one in caught],
     }
@@ -249,9 +250,10 @@ class TestDecisions:
         alike, shifted = tmp_path / "alike", tmp_path / "shifted"
         alike.mkdir()
         shifted.mkdir()
-        same = spawn(fixed, alike, 0.0)[0]["rows"]["shard_ratio"].iloc[-1]
-        other = spawn(fixed, shifted, 1.0)[0]["rows"]["shard_ratio"].iloc[-1]
-        assert same < 3.0 < other
+        same, other = spawn(fixed, alike, 0.0)[0], spawn(fixed, shifted, 1.0)[0]
+        assert same["rows"]["shard_ratio"].iloc[-1] < 3.0 < other["rows"]["shard_ratio"].iloc[-1]
+        assert "the ranks' data differ" in other["explained"]
+        assert "the ranks' data differ" not in same["explained"]
 
     def test_a_rank_with_other_limits_is_found(self, tmp_path):
         with pytest.raises(
