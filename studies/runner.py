@@ -11,7 +11,8 @@ import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import Manager
+from multiprocessing import parent_process
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -145,7 +146,9 @@ def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Manager() as manager, Progress(*columns) as bars:
+    manager = SyncManager()
+    manager.start(_end_with_parent)
+    with manager, Progress(*columns) as bars:
         names = {}
         for run in runs:
             done = 0 if run in waiting else run.task.examples
@@ -180,6 +183,17 @@ def _collect(runs: Sequence[Run], folder: Path) -> pd.DataFrame:
     results.attrs = {"runs": [table.attrs for table in tables if table is not None]}
     write_atomically(results, folder / "results.parquet")
     return results
+
+
+def _end_with_parent() -> None:
+    """In the manager's process: a killed study must not leave it behind."""
+
+    def wait() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _show(queue: Queue[tuple[str, float]], bars: Progress, names: dict[str, Any]) -> None:

@@ -320,6 +320,21 @@ def _study(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> sub
     )
 
 
+def _wait_until_gone(folder: Path) -> None:
+    """No process of the study outlives it, killed or not."""
+    deadline = time.monotonic() + 30.0
+    while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, folder)]:
+        assert time.monotonic() < deadline, f"{left} outlived the study in {folder}"
+        time.sleep(0.1)
+
+
+def _mentions(cmdline: Path, folder: Path) -> bool:
+    try:
+        return str(folder).encode() in cmdline.read_bytes()
+    except OSError:
+        return False
+
+
 class TestKilled:
     def test_what_was_done_is_kept_and_nothing_is_half_written(self, tmp_path):
         """kill -9 at random moments; what a killed process leaves is whole, and is not computed again."""
@@ -333,6 +348,7 @@ class TestKilled:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
             finished = process.wait() == 0
+            _wait_until_gone(tmp_path)
             present = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*.parquet"))}
             assert done.items() <= present.items()
             assert all(len(pd.read_parquet(path)) > 0 for path in present)
