@@ -257,12 +257,13 @@ class BatchController:
         # longer this rank's own.
         local = self._ranks.several and self._stream.used is not None and (window.cells == 0 or not window.synced)
         sums = local and closes and self._loop.progress.window % SHARDS_EVERY == 0
-        with self._sensor.hearing(window, loss, weight, sums) as weighted:
+        window.synced = self._ranks.synchronises(closes)
+        synchronises = self._ranks.several and window.synced
+        with self._sensor.hearing(window, loss, weight, sums=sums, synchronises=synchronises) as weighted:
             yield weighted
         self._backward_passes += 1
         if self._stream.used is not None:
             self._stream.used = True
-        window.synced = self._ranks.synchronises(closes)
         window.due = self._stream.last or window.cells >= self.accumulation_steps
 
     def close_window(self) -> None:

@@ -30,9 +30,6 @@ _Kind = tuple[torch.device, torch.dtype]
 class GradientProbe:
     """Squared norms of micro-batch gradients, from one hook on each trainable parameter of an optimizer.
 
-    Args:
-        synchronised: Whether gradients are averaged over ranks, in place, within the backward pass.
-
     Example:
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> probe = GradientProbe()
@@ -44,8 +41,7 @@ class GradientProbe:
         >>> probe.close()
     """
 
-    def __init__(self, synchronised: bool = False) -> None:
-        self._synchronised = synchronised
+    def __init__(self) -> None:
         self.parameters: list[Parameter] = []
         self._in_model: set[int] = set()
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
@@ -93,9 +89,7 @@ class GradientProbe:
         for index, p in enumerate(self.parameters):
             places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
         for (device, dtype), members in places.items():
-            board, metric_board, sum_board = (
-                _NormBoard(len(members), device, dtype, self._synchronised) for _ in range(3)
-            )
+            board, metric_board, sum_board = (_NormBoard(len(members), device, dtype) for _ in range(3))
             self._boards.append(board)
             self._metric_boards.append(metric_board)
             self._sum_boards.append(sum_board)
@@ -169,16 +163,17 @@ class GradientProbe:
         self._scales = scales
 
     @contextmanager
-    def listening(self, sums: bool = False) -> Iterator[None]:
+    def listening(self, sums: bool = False, synchronises: bool = False) -> Iterator[None]:
         """Listen to one backward pass; forget what an earlier one left behind.
 
         Args:
+            synchronises: Whether the pass averages gradients over ranks, in place.
             sums: Hear the accumulated gradient too, as this rank has it before it is synchronised.
         """
         self._heard.clear()
         boards = self._boards + ([] if self._scales is None else self._metric_boards) + (self._sum_boards * sums)
         for board in boards:
-            board.clear()
+            board.clear(copies=synchronises)
         self._open, self._sums = True, sums
         try:
             yield
@@ -226,8 +221,8 @@ class GradientProbe:
 class _NormBoard:
     """The norms of one micro-batch on one device: a slot for each large gradient, one for the small ones together."""
 
-    def __init__(self, size: int, device: torch.device, dtype: torch.dtype, copies: bool = False) -> None:
-        self._copies = copies
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._copies = False
         self._values = torch.zeros(size + 1, device=device, dtype=dtype)
         self._slots = self._values.unbind()
         self._held: list[Tensor] = []
@@ -243,8 +238,9 @@ class _NormBoard:
         # Autograd makes it .grad as it is, and DDP would average it in place before it is measured.
         self._held.append(values.clone() if self._copies else values)
 
-    def clear(self) -> None:
-        """Nothing heard."""
+    def clear(self, copies: bool) -> None:
+        """Nothing heard; hold small gradients as they are now, whatever becomes of them, if ``copies``."""
+        self._copies = copies
         self._held.clear()
         self._values.zero_()
 

@@ -94,7 +94,7 @@ class Sensor:
                 f"{ghost}, phase = {phase}, metric = {metric!r}; leave them out, or use DistributedDataParallel."
             )
         self._model, self._optimizer, self._metric = model, optimizer, metric
-        self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe(self._ranks.several)
+        self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe()
         self._keep_gradients = keep_gradients
         self._kept: WindowGradients | None = None
         self._previous = PreviousGradient() if phase else None
@@ -133,7 +133,9 @@ class Sensor:
         return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
 
     @contextmanager
-    def hearing(self, window: OpenWindow, loss: Tensor, weight: float, sums: bool = False) -> Iterator[Tensor]:
+    def hearing(
+        self, window: OpenWindow, loss: Tensor, weight: float, *, sums: bool = False, synchronises: bool = False
+    ) -> Iterator[Tensor]:
         """Hear one backward pass through the loss it yields, which adds to ``window``, broken if that fails.
 
         Args:
@@ -141,11 +143,13 @@ class Sensor:
             loss: Mean over the micro-batch.
             weight: Of the micro-batch.
             sums: Measure this rank's own mean too; in a window's last, synchronising micro-batch.
+            synchronises: Whether the pass averages gradients over ranks, in place.
         """
         scale = weight / window.reference
         window.broken = True
         sums = sums and isinstance(self._probe, GradientProbe) and not self._ranks.sharded
-        with self._probe.listening(sums) if isinstance(self._probe, GradientProbe) else self._probe.listening():
+        probe = self._probe
+        with probe.listening(sums, synchronises) if isinstance(probe, GradientProbe) else probe.listening():
             yield loss if scale == 1.0 else loss * scale
         in_metric = None
         if isinstance(self._probe, GradientProbe):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,14 +66,21 @@ def adaptbatch(
     rule, optimizer, loss = ab.RelativeStandardError(), optimizer or _adam(model), loss or model.loss
     controller = ab.BatchController(trained or model, optimizer, rule=rule, limits=limits, **options)
 
+    # One epoch of many windows, as in training: ranks vote at its start, not at each window's.
+    endless: Iterator[Tensor] = iter(())
+
     def window(batches: Sequence[Tensor]) -> None:
-        for x in controller.micro_batches(batches):
+        nonlocal endless
+        if controller.examples_seen == 0:
+            endless = controller.micro_batches(itertools.cycle(batches))
+        for x in endless:
             controller.backward(loss(x), weight=len(x))
             if controller.step_due:
                 if clips:
                     controller.normalize_()
                     clip(model)
                 controller.step()
+                return
 
     return window
 
