@@ -144,6 +144,11 @@ class Autoencoder(nn.Module):
         kl = 0.5 * (mean.square() + log_var.exp() - 1.0 - log_var).sum(-1)
         return (self.decode(mean + (0.5 * log_var).exp() * noise) - x).square().sum(-1) + kl
 
+    def reconstruction_errors(self, x: Tensor) -> Tensor:
+        """Squared error of each example, reconstructed from the mean of its code: the anomaly score."""
+        code = self.encode(x)
+        return (self.decode(code.chunk(2, dim=-1)[0] if self.variational else code) - x).square().sum(-1)
+
     def loss(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean of :meth:`example_losses` over the micro-batch."""
         return self.example_losses(x, generator).mean()

@@ -15,7 +15,8 @@ from __future__ import annotations
 import adaptbatch as ab
 from studies import data
 from studies.runner import Run
-from studies.training import Arm, Task
+from studies.arms import Arm, Warmup
+from studies.training import Task
 
 STUDY = "quick"
 MICRO_BATCH = 32
@@ -25,7 +26,7 @@ ARMS = (
     Arm("fixed 256", ab.Fixed(256 // MICRO_BATCH), lr=3e-3),
     # About 3e-3 times the root of the ratio of the batches, the usual rule for Adam.
     Arm("fixed 4096", ab.Fixed(4096 // MICRO_BATCH), lr=1e-2, max_steps=128),
-    Arm("warmup 256", ab.Fixed(256 // MICRO_BATCH), lr=3e-3, warmup_examples=18_000),
+    Arm("warmup 256", ab.Fixed(256 // MICRO_BATCH), lr=3e-3, schedule=Warmup(18_000)),
     Arm("adaptive", ab.RelativeStandardError(theta=1.0), lr=3e-3, max_steps=128),
 )
 

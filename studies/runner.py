@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +12,8 @@ import subprocess
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from multiprocessing import parent_process
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -19,23 +22,32 @@ from typing import Any
 
 import joblib
 import pandas as pd
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from studies import data, ranks
+from studies.arms import Arm
 from studies.schema import SCHEMA_VERSION, conform
-from studies.training import Arm, Task, train
+from studies.training import Task, train
 
 RUNS = Path(__file__).parent / "runs"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm on one seed of one study; its :meth:`identity` decides whether a stored result is this run's."""
+    """One arm on one seed; its :meth:`identity` decides whether a stored result is this run's.
+
+    Attributes:
+        study: Whose; runs of studies that share them have one name.
+        task, arm, seed: What is trained.
+        labels: What the run is in its study (its part of a comparison, the number of its trial); not its identity.
+    """
 
     study: str
     task: Task
     arm: Arm
     seed: int
+    labels: tuple[tuple[str, str | int | float], ...] = field(default=(), compare=False)
 
     @property
     def label(self) -> str:
@@ -43,7 +55,7 @@ class Run:
         return f"{self.arm.name}, seed {self.seed}"
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a stored result to be taken as this run's.
+        """What must be equal for a stored result to be taken as this run's: all that decides its numbers.
 
         An open-loop run is the plain accumulation loop to the bit in every release; a closed-loop one is of its own.
         """
@@ -51,9 +63,13 @@ class Run:
             "schema": SCHEMA_VERSION,
             "study": self.study,
             "seed": self.seed,
-            "task": {key: repr(value) for key, value in asdict(self.task).items()},
-            "arm": {"name": self.arm.name, "rule": repr(self.arm.rule), "lr": self.arm.lr}
-            | {"warmup_examples": self.arm.warmup_examples, "max_steps": self.arm.max_steps},
+            "task": {item.name: repr(getattr(self.task, item.name)) for item in fields(self.task)},
+            # New ways in which arms may differ do not make old runs others.
+            "arm": {
+                item.name: _short(repr(getattr(self.arm, item.name)))
+                for item in fields(self.arm)
+                if getattr(self.arm, item.name) != item.default
+            },
             "data_sha256": data.SOURCES[self.task.data].sha256,
         }
         if self.arm.rule.closed_loop:
@@ -62,19 +78,28 @@ class Run:
             identity["world_size"] = ranks.world_size()
         return identity
 
+    @functools.cached_property
+    def key(self) -> str:
+        """The identity in twelve letters."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
     def path(self, folder: Path) -> Path:
         """Where its table is kept."""
-        return folder / "runs" / f"{self.arm.name.replace(' ', '-')}-{self.seed}.parquet"
+        return folder / "runs" / f"{self.arm.name.replace(' ', '-').replace('/', '-')}-{self.seed}-{self.key}.parquet"
 
     def stored(self, folder: Path) -> pd.DataFrame | None:
-        """Its finished table, from its own file or from the study's; None if there is none of this configuration."""
+        """Its finished table, from its own file or from the study's; None if there is none of this configuration.
+
+        Raises:
+            ResultsError: If the file is there and cannot be read.
+        """
         identity = json.loads(json.dumps(self.identity()))
         if (path := self.path(folder)).is_file():
-            table = pd.read_parquet(path)
+            table = read_table(path)
             return table if table.attrs.get("identity") == identity else None
         if not (path := folder / "results.parquet").is_file():
             return None
-        results = pd.read_parquet(path)
+        results = read_table(path)
         for attrs in results.attrs.get("runs", ()):
             if attrs.get("identity") == identity:
                 rows = results[(results["arm"] == self.arm.name) & (results["seed"] == self.seed)]
@@ -83,19 +108,64 @@ class Run:
                 return table
         return None
 
-    def execute(self, folder: Path, progress: Queue[tuple[str, float]] | None = None) -> None:
-        """Train and store, in one atomic move: a table exists whole or not at all."""
+    def execute(self, folder: Path, progress: Queue[tuple[str, float]] | None = None, device: str = "cpu") -> bool:
+        """Train and store, in one atomic move: a table exists whole or not at all.
+
+        Where several machines share ``folder``, a run is taken by one of them: the lock that says so is the kernel's,
+        and ends with its process.
+
+        Args:
+            folder: Of the study.
+            progress: Told the examples seen.
+            device: Where to train.
+
+        Returns:
+            Whether the run is stored now; False if another process is at it.
+        """
         import torch
 
         torch.set_num_threads(1)
+        path = self.path(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
         report = (lambda seen: progress.put((self.label, seen))) if progress is not None else (lambda seen: None)
-        table = train(self.task, self.arm, self.seed, study=self.study, report=report)
-        if ranks.rank() == 0:
-            table.attrs = {"identity": self.identity(), "provenance": provenance()}
-            write_atomically(table, self.path(folder))
+        try:
+            # All ranks of a run train it together.
+            with nullcontext() if ranks.world_size() > 1 else FileLock(path.with_suffix(".lock"), timeout=0):
+                if path.is_file():
+                    return True
+                table = train(self.task, self.arm, self.seed, study=self.study, device=device, report=report)
+                if ranks.rank() == 0:
+                    table.attrs |= {"identity": self.identity(), "provenance": provenance(device)}
+                    write_atomically(table, path)
+        except Timeout:
+            return False
+        return True
 
 
-def provenance() -> dict[str, str]:
+class ResultsError(RuntimeError):
+    """A file of results cannot be read."""
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of results.
+
+    Raises:
+        ResultsError: If the file is not a whole Parquet file.
+    """
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ResultsError(
+            f"{path} is not a whole Parquet file ({error}); delete it, and what was in it will be run again."
+        ) from error
+
+
+def _short(text: str) -> str:
+    """A long sequence by its hash."""
+    return text if len(text) < 400 else f"{text[:60]}... sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def provenance(device: str = "cpu") -> dict[str, str]:
     """Which code on what machine."""
     try:
         commit = subprocess.run(
@@ -108,7 +178,12 @@ def provenance() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", "pandas")}
-    return versions | {"commit": commit, "python": platform.python_version(), "machine": platform.machine()}
+    machine = platform.machine()
+    if device.startswith("cuda"):
+        import torch
+
+        machine = torch.cuda.get_device_name(device)
+    return versions | {"commit": commit, "python": platform.python_version(), "machine": machine}
 
 
 def write_atomically(table: pd.DataFrame, path: Path) -> None:

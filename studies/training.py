@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
 import adaptbatch as ab
 from studies import data, ranks
 from studies.analysis import spike_flags
+from studies.arms import Arm
 from studies.networks import Autoencoder, Norm, Residual
 from studies.schema import conform
 
@@ -23,9 +26,10 @@ class Task:
 
     Attributes:
         data: Name of a data set in :mod:`studies.data`.
+        anomaly: The class that is not trained on and that the network is tested to tell apart; None: none.
         examples: Budget [examples].
         micro_batch: Examples of one backward pass.
-        probe_examples: Size of the fixed probe set, the first rows of the test set.
+        probe_examples: Size of the fixed probe set, the first rows of the validation set.
         probe_every: Examples between two evaluations.
         depth, widths, code, residual, norm, variational: Of :class:`studies.networks.Autoencoder`.
     """
@@ -41,29 +45,12 @@ class Task:
     residual: Residual = "scaled"
     norm: Norm = "none"
     variational: bool = True
+    anomaly: int | None = None
 
-
-@dataclass(frozen=True)
-class Arm:
-    """What the arms of a study differ in.
-
-    Attributes:
-        name: Its name in tables and figures.
-        rule: How it chooses the accumulation steps.
-        lr: Adam's learning rate, after the warm-up.
-        warmup_examples: Length of a linear learning-rate warm-up [examples]; 0 for none.
-        max_steps: Largest number of accumulation steps.
-    """
-
-    name: str
-    rule: ab.Rule
-    lr: float
-    warmup_examples: float = 0.0
-    max_steps: int = 64
-
-    def learning_rate(self, examples_seen: float) -> float:
-        """Learning rate of a step that ends after ``examples_seen`` examples."""
-        return self.lr * min(examples_seen / self.warmup_examples, 1.0) if self.warmup_examples else self.lr
+    def network(self, arm: Arm, inputs: int) -> Autoencoder:
+        """A new network, with what ``arm`` puts in place of the task's."""
+        residual, norm = arm.residual or self.residual, arm.norm or self.norm
+        return Autoencoder(self.depth, self.widths, self.code, residual, norm, self.variational, inputs)
 
 
 def shuffled_passes(inputs: Tensor, task: Task, seed: int) -> Iterator[Tensor]:
@@ -97,24 +84,31 @@ def train(
         report: Called after every step with the examples seen, for a progress bar.
 
     Returns:
-        A table of :mod:`studies.schema`.
+        A table of :mod:`studies.schema`, whose ``attrs["test"]`` is what :func:`score` says of the trained network. It
+        ends early where the loss on the probe set is no longer finite.
     """
     torch.manual_seed(seed)
-    dataset = data.load(task.data)
-    inputs = torch.from_numpy(dataset.train_inputs).to(device)
-    probe = torch.from_numpy(dataset.test_inputs[: task.probe_examples]).to(device)
-    model = Autoencoder(
-        task.depth, task.widths, task.code, task.residual, task.norm, task.variational, inputs.shape[1]
-    ).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=arm.lr, fused=True)
+    parts = data.split(task.data, task.anomaly)
+    inputs = torch.from_numpy(parts.train).to(device)
+    probe = torch.from_numpy(parts.validation[: task.probe_examples]).to(device)
+    model = task.network(arm, inputs.shape[1]).to(device)
+    optimizer = arm.build_optimizer(model.parameters())
     # Every rank samples codes of its own.
     codes = torch.Generator(device).manual_seed(seed + 1_000_003 * ranks.rank())
     trained, loss_of = ranks.synchronised(model)
     losses: list[Tensor] = []
     extra: list[dict[str, float]] = []
     seen, next_probe = 0.0, 0.0
-    limits = ab.Limits(max_steps=arm.max_steps)
-    with ab.BatchController(trained, optimizer, rule=arm.rule, limits=limits) as controller:
+    with ab.BatchController(
+        trained,
+        optimizer,
+        rule=arm.rule,
+        limits=ab.Limits(max_steps=arm.max_steps),
+        guard=arm.guard,
+        learning_rate=arm.coupling,
+        # A plain loop does not skip: what breaks an arm is its own.
+        skip_nonfinite=False,
+    ) as controller:
         bounds = (controller.limits.min_steps, controller.limits.max_steps)
         for x in controller.micro_batches(shuffled_passes(inputs, task, seed)):
             own = ranks.share(x)
@@ -125,11 +119,18 @@ def train(
             if controller.step_due:
                 optimizer.param_groups[0]["lr"] = arm.learning_rate(seen)
                 at_limit = arm.rule.closed_loop and controller.accumulation_steps in bounds
+                if arm.clip is not None:
+                    controller.normalize_()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
                 controller.step()
                 due = seen >= next_probe
                 next_probe += task.probe_every * math.ceil((seen - next_probe) / task.probe_every) if due else 0.0
-                extra.append({"at_limit": at_limit, "validation_loss": evaluate(model, probe) if due else math.nan})
+                validation = evaluate(model, probe) if due else math.nan
+                extra.append({"at_limit": at_limit, "validation_loss": validation})
                 report(seen)
+                if due and not math.isfinite(validation):
+                    # Parameters that are not finite stay so.
+                    break
     table = controller.history.to_pandas()
     micro = pd.Series(torch.stack(losses).cpu().double().numpy())
     window = table.index.repeat(table["accumulation_steps"])
@@ -140,7 +141,30 @@ def train(
         micro_batch_loss_max=micro.groupby(window).max(),
         spikes=spike_flags(micro).groupby(window).sum(),
     ).join(pd.DataFrame(extra))
-    return conform(table)
+    table = conform(table)
+    table.attrs["test"] = score(model, parts)
+    return table
+
+
+@torch.no_grad()
+def score(model: Autoencoder, parts: data.Split) -> dict[str, float]:
+    """Mean loss of the normal test rows, and how well the reconstruction error tells the anomalies from them.
+
+    ``auroc`` and ``auprc`` (average precision) are NaN where there are no anomalies, or where errors are not finite.
+    """
+    device = next(model.parameters()).device
+    codes = torch.Generator(device).manual_seed(0)
+    test = torch.from_numpy(parts.test).to(device)
+    losses, errors = [], []
+    for x in test.split(2_048):
+        losses.append(model.example_losses(x, codes).cpu())
+        errors.append(model.reconstruction_errors(x).cpu())
+    loss, error = torch.cat(losses).double().numpy(), torch.cat(errors).double().numpy()
+    found = {"test_loss": float(loss[~parts.anomalous].mean()), "auroc": math.nan, "auprc": math.nan}
+    if parts.anomalous.any() and np.isfinite(error).all():
+        found["auroc"] = float(roc_auc_score(parts.anomalous, error))
+        found["auprc"] = float(average_precision_score(parts.anomalous, error))
+    return found
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ from scipy import stats
 import adaptbatch as ab
 from studies.analysis import summary
 from studies.runner import Run
-from studies.training import Arm, Task
+from studies.arms import Arm
+from studies.training import Task
 
 STUDY = "two-networks"
 Network = Literal["noisy", "calm"]

@@ -1,0 +1,54 @@
+"""Equal tuning for every arm: the same sampler, the same number of trials, the same learning rates."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a hyper-parameter, in the logarithm."""
+
+    low: float
+    high: float
+
+
+def trials(space: Mapping[str, Range], count: int, seed: int = 0) -> list[dict[str, float]]:
+    """``count`` points of ``space`` by optuna's scrambled Halton sequence.
+
+    A point does not depend on what others gave, so that all trials run at once; and the values of the first name are the
+    same whatever follows it, so that arms with another hyper-parameter are tuned over the same learning rates.
+
+    Args:
+        space: Each name's range; ``lr`` first.
+        count: Trials.
+        seed: Of the scrambling.
+
+    Example:
+        >>> points = trials({"lr": Range(1e-4, 1e-1)}, 3)
+        >>> [f"{point['lr']:.1e}" for point in points]
+        ['2.0e-04', '4.4e-03', '1.1e-03']
+        >>> [point["lr"] for point in trials({"lr": Range(1e-4, 1e-1), "clip": Range(1, 100)}, 3)] == [
+        ...     point["lr"] for point in points
+        ... ]
+        True
+    """
+    import optuna
+    from optuna.distributions import FloatDistribution
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(
+            qmc_type="halton", scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
+        )
+    study = optuna.create_study(sampler=sampler)
+    distributions = {name: FloatDistribution(bound.low, bound.high, log=True) for name, bound in space.items()}
+    points = []
+    for _ in range(count):
+        trial = study.ask(distributions)  # type: ignore[arg-type]
+        points.append(dict(trial.params))
+        study.tell(trial, 0.0)
+    return points
