@@ -24,6 +24,8 @@ from adaptbatch.records import Measurement, NoiseEstimate
 MAX_AUTOCORRELATION = 0.95
 # One-sided 10 % test. Were every positive r of independent windows believed, a 95 % interval would cover 96 %.
 AUTOCORRELATION_Z = 1.28
+# Pooled evidence of a smaller squared weight is forgotten: it would lose its digits, and then divide by zero.
+FORGOTTEN = 1e-200
 
 
 def inverse_size(batch: float, population: float = math.inf) -> float:
@@ -418,6 +420,8 @@ class NoiseTracker:
         return min(r + (1.0 + 3.0 * r) / windows, MAX_AUTOCORRELATION) if found else 0.0
 
     def _scaled(self, decay: float) -> NoiseTracker:
+        if decay**2 * self.weight_sq < FORGOTTEN:
+            return NoiseTracker()
         return replace(
             self,
             weight=decay * self.weight,

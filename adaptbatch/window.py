@@ -64,7 +64,8 @@ class OpenWindow:
         self.norms.add(sq_norm.sum() * self.reference**2 if by_example else sq_norm * factor)
         if in_metric is not None and self.in_metric is not None:
             self.in_metric.add(in_metric * factor)
-        loss = loss.to(sq_norm) * weight
+        # One element may come with dimensions.
+        loss = loss.reshape(()).to(sq_norm) * weight
         self.loss_sum = loss if self.loss_sum is None else self.loss_sum + loss
         self.weight += weight
         self.largest = max(self.largest, weight)

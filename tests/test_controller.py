@@ -91,6 +91,12 @@ class TestExactness:
         assert controller.history.to_pandas()["accumulation_steps"].tolist() == [len(w) for w in windows]
         assert controller.history.to_pandas()["global_batch"].tolist() == [sum(map(len, w)) for w in windows]
 
+    def test_a_loss_of_one_element_with_a_dimension(self):
+        ours, twin, data = small_model(), small_model(), batches([4, 3])
+        run(ab.BatchController(ours, sgd(ours), rule=ab.Fixed(2)), data, lambda m, x: squared(m, x).reshape(1))
+        run(ab.BatchController(twin, sgd(twin), rule=ab.Fixed(2)), data)
+        assert equal_state(ours, twin)
+
     def test_token_weights_equal_one_mean_over_all_tokens(self):
         """Micro-batches whose losses are means over different numbers of tokens."""
         torch.manual_seed(0)

@@ -312,6 +312,14 @@ class TestTracker:
         assert aged.estimate().noise_trace == known.estimate().noise_trace
         assert aged.estimate().effective_windows == pytest.approx(known.estimate().effective_windows)
 
+    def test_what_aged_for_long_is_forgotten(self):
+        """Not divided by: windows of one micro-batch age what is known, as many as there are."""
+        pair, tracker = NoiseEstimate(1.0, 10.0, degrees_of_freedom=3.0), NoiseTracker()
+        for window in [pair] * 2 + [NoiseEstimate(math.nan, math.nan)] * 2000:
+            tracker = tracker.update(window, batch=64.0, memory=100.0)
+            assert tracker.estimate().noise_trace == pytest.approx(10.0) or tracker == NoiseTracker()
+        assert tracker.update(pair, 64.0, 100.0).estimate() == NoiseTracker().update(pair, 64.0, 100.0).estimate()
+
     def test_follows_a_change_with_its_half_life(self):
         tracker = NoiseTracker()
         for trace in [10.0] * 500 + [20.0] * 100:
