@@ -29,7 +29,7 @@ def trials(space: Mapping[str, Range], count: int, seed: int = 0) -> list[dict[s
     Example:
         >>> points = trials({"lr": Range(1e-4, 1e-1)}, 3)
         >>> [f"{point['lr']:.1e}" for point in points]
-        ['2.0e-04', '4.4e-03', '1.1e-03']
+        ['4.4e-03', '2.0e-04', '6.3e-03']
         >>> [point["lr"] for point in trials({"lr": Range(1e-4, 1e-1), "clip": Range(1, 100)}, 3)] == [
         ...     point["lr"] for point in points
         ... ]

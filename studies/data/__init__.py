@@ -291,7 +291,7 @@ def split(name: str, anomaly: int | None) -> Split:
 
     Example:
         >>> parts = split("mnist", 0)
-        >>> len(parts.train), len(parts.validation), round(parts.anomalous.mean(), 2)
+        >>> len(parts.train), len(parts.validation), round(float(parts.anomalous.mean()), 2)
         (54077, 9020, 0.35)
     """
     found = load(name)

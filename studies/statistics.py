@@ -1,0 +1,148 @@
+"""What many runs say together: means with intervals, paired ratios, corrected tests. Neither torch nor adaptbatch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+Verdict = Literal["supported", "not supported", "undecided"]
+LEVEL = 0.95
+RESAMPLES = 5_000
+TARGET_SLACK, TARGET_MEAN = 1.05, 5
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval; NaN bounds where there is one value only."""
+
+    value: float
+    low: float
+    high: float
+
+    def below(self, bound: float) -> Verdict:
+        """Whether what is estimated is below ``bound``, as far as the interval tells."""
+        if self.high < bound:
+            return "supported"
+        return "not supported" if self.low >= bound else "undecided"
+
+
+def iqm(strata: Sequence[np.ndarray]) -> Interval:
+    """Interquartile mean over all values, with a bootstrap interval that resamples within each stratum.
+
+    The mean of the middle half: robust as the median, less noisy (Agarwal et al. 2021, arXiv:2108.13264).
+
+    Args:
+        strata: The seeds' values of each task.
+
+    Example:
+        >>> iqm([np.array([1.0, 2.0, 3.0, 100.0])]).value
+        2.5
+    """
+
+    def statistic(*samples: np.ndarray) -> float:
+        return float(stats.trim_mean(np.concatenate(samples), 0.25))
+
+    return _bootstrapped(strata, statistic)
+
+
+def _bootstrapped(strata: Sequence[np.ndarray], statistic: object) -> Interval:
+    value = statistic(*strata)  # type: ignore[operator]
+    if any(len(stratum) < 2 for stratum in strata):
+        return Interval(value, math.nan, math.nan)
+    with warnings.catch_warnings():
+        # Infinite values and equal ones have degenerate resamples, which percentiles bear.
+        warnings.simplefilter("ignore")
+        found = stats.bootstrap(
+            tuple(strata),
+            statistic,
+            vectorized=False,
+            paired=False,
+            n_resamples=RESAMPLES,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+    return Interval(value, float(found.low), float(found.high))
+
+
+def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[Interval, float]:
+    """Geometric mean of ``ours / theirs`` over paired seeds, its t interval, and the p of a ratio of 1.
+
+    Where a value is infinite (a target that was not reached, a run that broke off) there is no mean: the ratio is the
+    median of the pairs, with two infinite ones equal, its bounds are the extremes, and p is of the sign test.
+
+    Args:
+        ours, theirs: Positive, one for each seed, in the same order.
+
+    Example:
+        >>> found, p = ratio(np.array([2.0, 4.0, 8.0]), np.array([1.0, 2.0, 4.0]))
+        >>> round(found.value, 6), round(found.low, 6)
+        (2.0, 2.0)
+    """
+    with np.errstate(invalid="ignore"):
+        logs = np.log(ours) - np.log(theirs)
+    logs = np.where(np.isinf(ours) & np.isinf(theirs), 0.0, logs)
+    if not np.isfinite(logs).all():
+        wins, losses = int((logs < 0).sum()), int((logs > 0).sum())
+        p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            return Interval(*(float(np.exp(x)) for x in (np.median(logs), logs.min(), logs.max()))), p
+    mean = float(logs.mean())
+    if len(logs) < 2:
+        return Interval(math.exp(mean), math.nan, math.nan), math.nan
+    if np.ptp(logs) < 1e-12:
+        return Interval(*[math.exp(mean)] * 3), float(abs(mean) < 1e-12)
+    test = stats.ttest_1samp(logs, 0.0)
+    bounds = test.confidence_interval(LEVEL)
+    return Interval(math.exp(mean), math.exp(bounds.low), math.exp(bounds.high)), float(test.pvalue)
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """The p values corrected for their number; NaN stays.
+
+    Example:
+        >>> holm(pd.Series([0.01, 0.04, float("nan")])).round(3).tolist()
+        [0.02, 0.04, nan]
+    """
+    known = p.notna()
+    corrected = pd.Series(math.nan, index=p.index, dtype=float)
+    if known.any():
+        corrected[known] = multipletests(p[known].to_numpy(), method="holm")[1]
+    return corrected
+
+
+def share(successes: int, count: int) -> Interval:
+    """A share with its Wilson interval."""
+    bounds = stats.binomtest(successes, count).proportion_ci(LEVEL, method="wilson")
+    return Interval(successes / count, float(bounds.low), float(bounds.high))
+
+
+def to_target(curve: pd.DataFrame, target: float) -> pd.Series:
+    """What a run had spent when the mean of its last five evaluations was first at or below ``target``.
+
+    Args:
+        curve: Evaluations of one run, in order.
+        target: Loss on the probe set.
+
+    Returns:
+        ``examples``, ``updates`` and ``seconds``; infinite if it never was.
+
+    Example:
+        >>> rows = pd.DataFrame({"validation_loss": [9.0, 5.0, 1.0], "examples_seen": [1.0, 2.0, 3.0]})
+        >>> to_target(rows.assign(optimizer_step=rows.index, wall_seconds=0.0), 5.0)["examples"]
+        3.0
+    """
+    names = {"examples_seen": "examples", "optimizer_step": "updates", "wall_seconds": "seconds"}
+    smooth = curve["validation_loss"].rolling(TARGET_MEAN, min_periods=1).mean()
+    reached = np.flatnonzero(smooth <= target)
+    if not len(reached):
+        return pd.Series(dict.fromkeys(names.values(), math.inf))
+    return curve.iloc[reached[0]][list(names)].astype(float).rename(names)
