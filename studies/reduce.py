@@ -117,5 +117,5 @@ def schedule(table: pd.DataFrame) -> dict[str, list[int]]:
 def settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings, in columns: those of the task, and ``arm_`` those in which its arm is not plain."""
     task = {f"task_{name}": value for name, value in identity["task"].items()}
-    arm = {f"arm_{name}": value for name, value in identity["arm"].items() if name != "name"}
+    arm = {f"arm_{name}": value for name, value in identity["arm"].items()}
     return task | arm | {"adaptbatch": identity.get("adaptbatch", "any")}

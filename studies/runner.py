@@ -64,11 +64,11 @@ class Run:
             "study": self.study,
             "seed": self.seed,
             "task": {item.name: repr(getattr(self.task, item.name)) for item in fields(self.task)},
-            # New ways in which arms may differ do not make old runs others.
+            # Neither a name nor new ways in which arms may differ make old runs others.
             "arm": {
                 item.name: _short(repr(getattr(self.arm, item.name)))
                 for item in fields(self.arm)
-                if getattr(self.arm, item.name) != item.default
+                if item.name != "name" and getattr(self.arm, item.name) != item.default
             },
             "data_sha256": data.SOURCES[self.task.data].sha256,
         }
@@ -85,7 +85,7 @@ class Run:
 
     def path(self, folder: Path) -> Path:
         """Where its table is kept."""
-        return folder / "runs" / f"{self.arm.name.replace(' ', '-').replace('/', '-')}-{self.seed}-{self.key}.parquet"
+        return folder / "runs" / f"{self.key}.parquet"
 
     def stored(self, folder: Path) -> pd.DataFrame | None:
         """Its finished table, from its own file or from the study's; None if there is none of this configuration.
@@ -96,14 +96,14 @@ class Run:
         identity = json.loads(json.dumps(self.identity()))
         if (path := self.path(folder)).is_file():
             table = read_table(path)
-            return table if table.attrs.get("identity") == identity else None
+            return table.assign(arm=self.arm.name) if table.attrs.get("identity") == identity else None
         if not (path := folder / "results.parquet").is_file():
             return None
         results = read_table(path)
         for attrs in results.attrs.get("runs", ()):
             if attrs.get("identity") == identity:
-                rows = results[(results["arm"] == self.arm.name) & (results["seed"] == self.seed)]
-                table = rows.reset_index(drop=True)
+                rows = results[(results["arm"] == attrs["arm"]) & (results["seed"] == self.seed)]
+                table = rows.reset_index(drop=True).assign(arm=self.arm.name)
                 table.attrs = attrs
                 return table
         return None
@@ -135,7 +135,7 @@ class Run:
                     return True
                 table = train(self.task, self.arm, self.seed, study=self.study, device=device, report=report)
                 if ranks.rank() == 0:
-                    table.attrs |= {"identity": self.identity(), "provenance": provenance(device)}
+                    table.attrs |= {"arm": self.arm.name, "identity": self.identity(), "provenance": provenance(device)}
                     write_atomically(table, path)
         except Timeout:
             return False
