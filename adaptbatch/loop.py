@@ -7,11 +7,11 @@ only, no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any, Self
 
 from adaptbatch import noise
+from adaptbatch.checkpoint import require_loop
 from adaptbatch.floor import Climb
 from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Response
 from adaptbatch.rules import Guard, Limits, Rule, decide
@@ -216,22 +216,10 @@ class Loop:
         """The loop whose :meth:`state_dict` this is.
 
         Raises:
-            ValueError: If a key is unknown or missing, at any depth.
+            ValueError: If a key is unknown or missing, at any depth, or has a value that it cannot have.
         """
-        require_keys("state", state, (item.name for item in fields(cls)))
-        values = dict(state)
-        for name, kind in _TRACKERS.items():
-            known = kind().state_dict()
-            require_keys(f"state[{name!r}]", state[name], known)
-            if "pooled" in known:
-                require_keys(f"state[{name!r}]['pooled']", state[name]["pooled"], known["pooled"])
-            values[name] = kind.from_state_dict(state[name])
-        require_keys("state['progress']", state["progress"], asdict(Progress()))
-        if len(state["window"]) not in (0, len(fields(Measurement))):
-            raise ValueError(
-                f"state['window'] must hold the {len(fields(Measurement))} numbers of a Measurement or none, got "
-                f"{len(state['window'])}."
-            )
+        require_loop("state", state)
+        values = dict(state) | {name: kind.from_state_dict(state[name]) for name, kind in _TRACKERS.items()}
         values["progress"] = Progress(**state["progress"])
         values["window"] = Measurement(*state["window"]) if state["window"] else None
         values["seconds_each"] = tuple(float(value) for value in state["seconds_each"])
@@ -246,10 +234,3 @@ _TRACKERS: dict[str, Any] = {
     "products": noise.NoiseTracker,
     "shards": noise.ShardTracker,
 }
-
-
-def require_keys(name: str, given: dict[str, Any], expected: Iterable[str]) -> None:
-    """Refuse a dictionary with other keys than ``expected``, by name."""
-    unknown, missing = sorted(given.keys() - set(expected)), sorted(set(expected) - given.keys())
-    if unknown or missing:
-        raise ValueError(f"{name} must have exactly the known keys, got unknown {unknown} and missing {missing}.")

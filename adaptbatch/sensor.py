@@ -260,6 +260,26 @@ class Sensor:
             "previous": None if self._previous is None else [_copy(g) for g in self._previous.gradients],
         }
 
+    def require_fit(self, state: Mapping[str, Any]) -> None:
+        """Refuse the gradients of an open window of another model; hooks nothing, and changes nothing.
+
+        Raises:
+            ValueError: If they are not of the parameters that are trained now.
+        """
+        groups = self._optimizer.param_groups
+        trained = dict.fromkeys(p for group in groups for p in group["params"] if p.requires_grad)
+        own = [tuple(p.shape) for p in trained]
+        named = {} if state["gradients"] is None else {"['gradients']": state["gradients"]}
+        if state["kept"] is not None:
+            named |= {f"['kept']['sums'][{index}]": sums for index, sums in enumerate(state["kept"]["sums"])}
+        for name, gradients in named.items():
+            shapes = [None if g is None else tuple(g.shape) for g in gradients]
+            if len(shapes) != len(own) or any(s not in (None, mine) for s, mine in zip(shapes, own, strict=True)):
+                raise ValueError(
+                    f"state['sensor']{name} must be of the {len(own)} parameters that are trained here, of shapes "
+                    f"{own}, got shapes {shapes}; load the state into the model that it was saved with."
+                )
+
     def load_state_dict(self, state: Mapping[str, Any], window: OpenWindow, applied: Adjustment, steps: int) -> None:
         """Put back what :meth:`state_dict` holds; the optimizer's state must be that of the checkpoint by now.
 
@@ -267,27 +287,26 @@ class Sensor:
             ValueError: If the parameters are others.
         """
         self.attach()
+        self.require_fit(state)
         gradients = state["gradients"]
         if gradients is not None:
-            shapes = [None if g is None else tuple(g.shape) for g in gradients]
-            fits = len(shapes) == len(self.parameters) and all(
-                shape is None or shape == tuple(p.shape) for shape, p in zip(shapes, self.parameters, strict=True)
-            )
-            if not fits:
-                raise ValueError(
-                    f"state must hold the open window's gradients of {len(self.parameters)} parameters of this model, "
-                    f"got shapes {shapes}; load it into the model that it was saved with."
-                )
             metric = self.open_window(window.reference, applied, steps).in_metric
             window.in_metric = None if metric is None else window.in_metric
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
-        if self._kept is not None and state["kept"] is not None:
-            self._kept.sums, self._kept.weights = state["kept"]["sums"], state["kept"]["weights"]
-        if self._previous is not None and state["previous"]:
-            self._previous.gradients = [
-                None if g is None else g.to(p.device) for g, p in zip(state["previous"], self.parameters, strict=True)
-            ]
+        if self._kept is not None:
+            self._kept = self._kept_from(state["kept"])
+        previous = state["previous"] or ()
+        if self._previous is not None and len(previous) == len(self.parameters):
+            self._previous.gradients = _beside(previous, self.parameters)
+
+    def _kept_from(self, state: Mapping[str, Any] | None) -> WindowGradients | None:
+        """None where the window began without keeping them: its parts along the mean are not known."""
+        if state is None:
+            return None
+        kept = WindowGradients()
+        kept.weights, kept.sums = list(state["weights"]), [_beside(sums, self.parameters) for sums in state["sums"]]
+        return kept
 
     def forget(self) -> None:
         """As if nothing had been heard before: the gradient of the window before is no longer known."""
@@ -302,3 +321,8 @@ class Sensor:
 
 def _copy(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient.detach().clone()
+
+
+def _beside(gradients: Sequence[Tensor | None], parameters: Sequence[Parameter]) -> list[Tensor | None]:
+    """``gradients`` on the devices of their parameters."""
+    return [None if g is None else g.to(p.device) for g, p in zip(gradients, parameters, strict=True)]

@@ -145,8 +145,6 @@ class OpenWindow:
 
 _OPEN = ("reference", "weight", "largest", "cells", "all_cells", "pieces", "due")
 _SUMS = ("weighted", "metric_weighted", "loss_sum", "scale")
-OPEN_STATE = (*_OPEN, *_SUMS)
-FINISHED_STATE = ("names", "numbers", "lr", "lr_factor", "steps")
 
 
 @dataclass

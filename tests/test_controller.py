@@ -558,9 +558,52 @@ class TestState:
         controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(3))
         controller.backward(squared(model, batches([4])[0]), weight=4)
         stranger = ab.BatchController(other, sgd(other), rule=ab.Fixed(3))
-        stranger.load_state_dict(controller.state_dict())
-        with pytest.raises(ValueError, match=r"state must hold the open window's gradients of 2 parameters"):
-            stranger.backward(squared(other, batches([4])[0]), weight=4)
+        with pytest.raises(ValueError, match=r"state\['sensor'\]\['gradients'\] must be of the 2 parameters that are"):
+            stranger.load_state_dict(controller.state_dict())
+        stranger.backward(squared(other, batches([4])[0]), weight=4)
+
+    def test_refuses_a_window_whose_parameters_are_frozen_after_the_load(self):
+        """Every time: without its gradients the window would go on as if they were zero."""
+        model = small_model()
+        controller, other = (ab.BatchController(model, sgd(model), rule=ab.Fixed(3)) for _ in range(2))
+        controller.backward(squared(model, batches([4])[0]), weight=4)
+        other.load_state_dict(controller.state_dict())
+        controller.discard_window()
+        model[0].requires_grad_(False)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"must be of the 2 parameters that are trained here"):
+                other.backward(squared(model, batches([4])[0]), weight=4)
+        other.discard_window()
+        other.backward(squared(model, batches([4])[0]), weight=4)
+
+    def test_a_saved_state_loads_twice(self):
+        """What a rule keeps of the window is copied: going on does not change the state."""
+        model, data = small_model(), batches([4] * 3)
+        controller = ab.BatchController(model, sgd(model), rule=ab.InnerProductTest())
+        controller.backward(squared(model, data[0]), weight=4)
+        state, tables = controller.state_dict(), []
+        controller.discard_window()
+        for _ in range(2):
+            other_model = small_model()
+            other = ab.BatchController(other_model, sgd(other_model), rule=ab.InnerProductTest())
+            other.load_state_dict(state)
+            other.backward(squared(other_model, data[1]), weight=4)
+            other.step()
+            tables.append(other.state_dict()["loop"]["window"])
+        assert tables[0] == pytest.approx(tables[1], rel=0, abs=0, nan_ok=True)
+        assert len(state["sensor"]["kept"]["sums"]) == 1
+
+    def test_a_window_that_began_without_keeping_its_gradients_does_not_tell_their_parts(self):
+        model, data = small_model(), batches([4] * 2)
+        plain, keeping = (ab.BatchController(model, sgd(model), rule=r) for r in (ab.Fixed(2), ab.InnerProductTest()))
+        plain.backward(squared(model, data[0]), weight=4)
+        state = plain.state_dict()
+        plain.discard_window()
+        keeping.load_state_dict(state)
+        keeping.backward(squared(model, data[1]), weight=4)
+        keeping.step()
+        radial = keeping.state_dict()["loop"]["window"][4]
+        assert math.isnan(radial)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -573,7 +616,7 @@ class TestState:
             ),
             (
                 {"loop": Loop(Progress()).state_dict() | {"pooled": {}}},
-                r"state\['pooled'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
+                r"state\['loop'\]\['pooled'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
             ),
         ],
         ids=["version", "unknown", "late", "pooled"],

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
 import os
+import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +173,128 @@ def slow_job(folder: str) -> None:
 
     job.run(save)
     torch.save(job.state(), Path(folder) / "done.pt")
+
+
+def trained(windows: int, micro_batches: int, late: bool = False, **options: Any) -> ab.BatchController:
+    """A controller after so many windows and micro-batches of the next; ``late`` as on a GPU."""
+    model = small_model(dtype=torch.float32)
+    controller = ab.BatchController(model, torch.optim.Adam(model.parameters(), betas=(0.9, 0.5)), **options)
+    controller._read_late = late
+    hear(controller, windows)
+    for x in torch.randn(micro_batches, 4, 4, generator=torch.Generator().manual_seed(1)):
+        controller.backward(squared(model, x), weight=len(x))
+    return controller
+
+
+def hear(controller: ab.BatchController, windows: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(windows):
+        while not controller.step_due:
+            x = torch.randn(4, 4, generator=generator)
+            controller.backward(squared(controller.model, x), weight=len(x))
+        controller.step()
+
+
+STATES: dict[str, dict[str, Any]] = {
+    "fresh": {"windows": 0, "micro_batches": 0},
+    "between windows": {"windows": 20, "micro_batches": 0, "rule": ab.Replay([2] * 8 + [3] * 12), "phase": True},
+    "within a window": {"windows": 12, "micro_batches": 2, "rule": ab.Fixed(3), "phase": True, "metric": "adam"},
+    "with kept gradients": {"windows": 3, "micro_batches": 1, "rule": ab.InnerProductTest()},
+    "with a scaler": {"windows": 3, "micro_batches": 1, "scaler": torch.amp.GradScaler("cpu", init_scale=4.0)},
+    "with a late window": {"windows": 12, "micro_batches": 1, "late": True},
+}
+HOSTILE: list[Any] = [
+    *(None, True, "2", 3, -1, 0, 2.5, -1.5, math.nan, math.inf, 10**400),
+    *([], [1], ["weighted"], {}, {"x": 1}, object(), 2 + 1j),
+    *(torch.ones((), dtype=torch.int64), torch.ones(7), torch.ones((), dtype=torch.complex64)),
+    *(torch.ones((), device="meta"), torch.tensor([])),
+]
+Place = tuple[str | int, ...]
+
+
+def places(state: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Every value in ``state`` and where it stands, containers included."""
+    yield at, state
+    if isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from places(value, (*at, key))
+
+
+def changed(state: Any, at: Place, value: Any) -> Any:
+    """``state`` with another value there; the rest is shared."""
+    if not at:
+        return value
+    other = copy.copy(state)
+    other[at[0]] = changed(state[at[0]], at[1:], value)
+    return other
+
+
+def named(at: Place) -> str:
+    return "state" + "".join(f"[{key!r}]" for key in at)
+
+
+def alike(value: Any, original: Any) -> bool:
+    """Whether one may stand for the other: numbers for numbers, a tensor or None for a tensor or None."""
+    kinds: list[Any] = [(int, float), torch.Tensor, str, list, type(None)]
+    if isinstance(value, bool) or isinstance(original, bool):
+        return type(value) is type(original)
+    same = any(isinstance(value, kind) and isinstance(original, kind) for kind in kinds)
+    return same or (value is None) != (original is None)
+
+
+def text(controller: ab.BatchController) -> str:
+    return repr(controller.state_dict() | {"wall_seconds": 0.0})
+
+
+class TestHostileStates:
+    @pytest.mark.parametrize("name", STATES)
+    def test_any_other_value_is_refused_by_its_place_or_trains(self, name):
+        """Every value of a real state is replaced by hostile ones: nothing fails later, or after half a load."""
+        state = trained(**STATES[name]).state_dict()
+        options = {key: value for key, value in STATES[name].items() if key not in ("windows", "micro_batches")}
+        controller = trained(5, 0, **options)
+        own, before, refused, loaded = controller.state_dict(), text(controller), 0, 0
+        for at, original in places(state):
+            for value in HOSTILE:
+                try:
+                    controller.load_state_dict(changed(state, at, value))
+                except ValueError as error:
+                    refused += 1
+                    message = str(error)
+                    assert any(message.startswith(f"{named(at[:depth])} must ") for depth in range(len(at) + 1)) or (
+                        named(at) in message
+                    ), (at, value, message)
+                    continue
+                loaded += 1
+                assert alike(value, original), (at, value)
+                if controller.accumulation_steps < 1000:
+                    hear(controller, 1)
+                controller.explain()
+                controller.discard_window()
+                controller.load_state_dict(own)
+            assert text(controller) == before
+        assert refused > 4 * loaded > 0
+
+    @pytest.mark.parametrize("name", STATES)
+    def test_an_unknown_and_a_missing_key_are_refused_at_any_depth(self, name):
+        state = trained(**STATES[name]).state_dict()
+        controller = trained(5, 0, **{key: value for key, value in STATES[name].items() if key in ("rule", "phase")})
+        before = text(controller)
+        for at, original in places(state):
+            if isinstance(original, dict):
+                first = next(key for key in original if key != "version")
+                for other in (original | {7: 1.0}, {key: one for key, one in original.items() if key != first}):
+                    with pytest.raises(ValueError, match=rf"^{re.escape(named(at))} must have exactly the known keys"):
+                        controller.load_state_dict(changed(state, at, other))
+        assert text(controller) == before
+
+    def test_a_file_that_was_cut_short_fails_in_torch_load(self):
+        whole = io.BytesIO()
+        torch.save(trained(**STATES["within a window"]).state_dict(), whole)
+        size = len(whole.getvalue())
+        for length in range(0, size, size // 40):
+            with pytest.raises((RuntimeError, ValueError, EOFError, pickle.PickleError)):
+                torch.load(io.BytesIO(whole.getvalue()[:length]))
 
 
 class TestKill:
