@@ -51,7 +51,7 @@ class BatchController:
             compiled.
         optimizer: Its optimizer; the trainable parameters in its groups are measured.
         rule: Any :class:`~adaptbatch.rules.Rule`; None is ``RelativeStandardError()``.
-        limits: Bounds on ``k``; None is ``Limits()``.
+        limits: Bounds on ``k``; None is ``Limits()``. They may be replaced under way: :attr:`limits`.
         metric: ``"euclidean"``, or ``"adam"``: the decision is made in the coordinates in which the optimizer
             descends, squared gradients weighted by ``1 / (sqrt(v) + eps)`` with the second moment of the step before
             (:func:`~adaptbatch.optimizer_state.metric_scales`), once that is warm. Costs a second norm of gradients.
@@ -117,8 +117,8 @@ class BatchController:
         self.optimizer = optimizer
         self.rule: Rule = RelativeStandardError() if rule is None else rule
         self._ranks = ranks = Ranks(model, process_group, sync)
-        limits = Limits() if limits is None else limits
-        self.limits = limits.resolve(self.rule, world_size=ranks.world_size, by_example=ghost)
+        self._by_example = ghost
+        self._limits = self._resolved(Limits() if limits is None else limits)
         self.guard = guard
         self._stepper = Stepper(optimizer, scaler, learning_rate)
         self.history = History(self._settle)
@@ -156,13 +156,40 @@ class BatchController:
             world_size=ranks.world_size,
         )
         self._loop, self._decision = Loop(start).decided(self.rule, self.limits)
-        # The first size is no change of one.
-        self._loop = replace(self._loop, changed_at=-math.inf)
 
     @property
     def accumulation_steps(self) -> int:
         """``k`` of the window that is open or comes next."""
         return self._loop.progress.accumulation_steps
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds on ``k``, resolved for the rule and the ranks; assign others to change them under way.
+
+        Every decision from now on keeps within the new ones. A window that is open keeps its ``k``. Between windows the
+        size of the next one is brought within them at once; where they leave more room, it is taken decision by
+        decision. They are no part of the state: a checkpoint is brought within those of the controller that loads it.
+        On several ranks all assign the same, after the same step.
+
+        Raises:
+            ValueError: If they do not fit the rule; those before stay.
+        """
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = self._resolved(limits)
+        self._keep_within_limits()
+
+    def _resolved(self, limits: Limits) -> Limits:
+        if not isinstance(limits, Limits):
+            raise ValueError(f"limits must be a Limits, got {limits!r}; Limits(max_steps=64) allows up to 64 steps.")
+        return limits.resolve(self.rule, world_size=self._ranks.world_size, by_example=self._by_example)
+
+    def _keep_within_limits(self) -> None:
+        """Between windows; a scope that waits for its backward has decided already whether it synchronises."""
+        if not (self._window.cells or self._window.broken or self._stream.used is False):
+            self._loop, self._decision = self._loop.limited(self._decision, self._limits)
 
     @property
     def examples_seen(self) -> float:
@@ -287,6 +314,7 @@ class BatchController:
         self.optimizer.zero_grad()
         self._window, self._restored = OpenWindow(), None
         self._sensor.forget()
+        self._keep_within_limits()
 
     def normalize_(self, *, unscale: bool = True) -> Tensor:
         """Turn the accumulated gradients into the exact weighted mean, once; then is the time to clip.
@@ -601,6 +629,7 @@ class BatchController:
         self._window = OpenWindow() if window is None else OpenWindow.from_state_dict(window, device)
         self._restored = state["sensor"]
         self._late = None if late is None else FinishedWindow.from_state_dict(late)
+        self._keep_within_limits()
 
     # --- refusals -----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from adaptbatch import noise
 from adaptbatch.checkpoint import require_loop
 from adaptbatch.floor import Climb
-from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Response
+from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Reason, Response
 from adaptbatch.rules import Guard, Limits, Rule, decide
 from adaptbatch.tails import TypicalTracker
 
@@ -193,10 +193,23 @@ class Loop:
     def decided(self, rule: Rule, limits: Limits, guard: Guard | None = None) -> tuple[Loop, Decision]:
         """The loop with the next window's size, and why it has it."""
         decision = decide(rule, self.evidence(), self.progress, limits, guard)
-        changed = decision.accumulation_steps != self.progress.accumulation_steps
-        progress = replace(self.progress, accumulation_steps=decision.accumulation_steps)
-        at = self.progress.examples_seen if changed else self.changed_at
-        return replace(self, progress=progress, changed_at=at), decision
+        return self._sized(decision.accumulation_steps), decision
+
+    def limited(self, decision: Decision, limits: Limits) -> tuple[Loop, Decision]:
+        """The loop whose next window, decided already, is brought within new ``limits``."""
+        wanted = decision.accumulation_steps
+        steps = limits.clamp(wanted)
+        if steps == wanted:
+            return self, decision
+        reason: Reason = "at_max" if wanted > steps else "at_min"
+        return self._sized(steps), replace(decision, accumulation_steps=steps, reason=reason)
+
+    def _sized(self, steps: int) -> Loop:
+        at = self.progress
+        # The first size is no change of one.
+        changed = steps != at.accumulation_steps and at.window > 0
+        progress = replace(at, accumulation_steps=steps)
+        return replace(self, progress=progress, changed_at=at.examples_seen if changed else self.changed_at)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dictionaries, for a checkpoint."""

@@ -23,7 +23,8 @@ class Contract(RuleBasedStateMachine):
 
     @initialize(steps=st.lists(st.integers(1, 4), min_size=1, max_size=4), phase=st.booleans())
     def start(self, steps: list[int], phase: bool) -> None:
-        self.steps, self.phase = steps, phase
+        self.steps, self.phase, self.limits = steps, phase, ab.Limits()
+        self.k = steps[0]
         self.ours, self.twin = small_model(), small_model()
         self.optimizer, self.plain = sgd(self.ours), sgd(self.twin)
         self.controller = self.make(self.ours, self.optimizer)
@@ -33,11 +34,12 @@ class Contract(RuleBasedStateMachine):
         self.saved: dict[str, Any] | None = None
 
     def make(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> ab.BatchController:
-        return ab.BatchController(model, optimizer, rule=ab.Replay(self.steps), phase=self.phase)
+        return ab.BatchController(model, optimizer, rule=ab.Replay(self.steps), phase=self.phase, limits=self.limits)
 
-    @property
-    def k(self) -> int:
-        return self.steps[min(self.turn, len(self.steps) - 1)]
+    def bound(self) -> None:
+        """Between windows the size of the next one is within the limits, whatever came before."""
+        if not (self.window or self.broken):
+            self.k = min(max(self.k, self.limits.lower), self.limits.max_steps)
 
     @property
     def due(self) -> bool:
@@ -105,12 +107,29 @@ class Contract(RuleBasedStateMachine):
         self.seen += len(whole)
         self.rows += 1
         self.turn += 1
+        self.k = self.steps[min(self.turn, len(self.steps) - 1)]
         self.window, self.normalized, self.finished = [], False, False
+        self.bound()
 
     @rule()
     def discard_window(self) -> None:
         self.controller.discard_window()
         self.window, self.normalized, self.finished, self.broken = [], False, False, False
+        self.bound()
+
+    @rule(smallest=st.none() | st.integers(1, 3), more=st.integers(0, 2))
+    def set_limits(self, smallest: int | None, more: int) -> None:
+        self.limits = ab.Limits(min_steps=smallest, max_steps=(smallest or 1) + more)
+        self.controller.limits = self.limits
+        assert self.controller.limits == ab.Limits(min_steps=smallest or 1, max_steps=self.limits.max_steps)
+        self.bound()
+
+    @rule()
+    def set_wrong_limits(self) -> None:
+        before = self.controller.limits
+        with pytest.raises(ValueError, match="limits must be a Limits, got 4"):
+            self.controller.limits = 4
+        assert self.controller.limits == before
 
     @rule()
     def save(self) -> None:
@@ -120,7 +139,7 @@ class Contract(RuleBasedStateMachine):
             return
         parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
         self.saved = {"parts": copy.deepcopy([part.state_dict() for part in parts])}
-        names = ("taken", "turn", "seen", "finished")
+        names = ("taken", "turn", "seen", "finished", "k")
         self.saved |= {name: getattr(self, name) for name in names} | {"window": list(self.window)}
 
     @precondition(lambda self: self.saved is not None)
@@ -141,15 +160,18 @@ class Contract(RuleBasedStateMachine):
         parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
         for part, state in zip(parts, copy.deepcopy(self.saved["parts"]), strict=True):
             part.load_state_dict(state)
-        for name in ("taken", "turn", "seen", "finished"):
+        for name in ("taken", "turn", "seen", "finished", "k"):
             setattr(self, name, self.saved[name])
         self.window, self.normalized, self.broken = list(self.saved["window"]), False, False
+        self.bound()
 
     @invariant()
     def holds(self) -> None:
         if not hasattr(self, "controller"):
             return
         assert self.controller.accumulation_steps == self.k
+        if not (self.window or self.broken):
+            assert self.limits.lower <= self.k <= self.limits.max_steps
         assert self.controller.step_due == (self.due and not self.broken)
         assert self.controller.examples_seen == self.seen
         assert len(self.controller.history) == self.rows
@@ -172,6 +194,11 @@ def build(**options: Any) -> Callable[[], object]:
     return lambda: ab.BatchController(model, sgd(model), **options)
 
 
+def limit(limits: Any, **options: Any) -> Callable[[], object]:
+    controller: Any = build(**options)()
+    return lambda: setattr(controller, "limits", limits)
+
+
 WRONG: list[tuple[str, Callable[[], object], str]] = [
     ("population", build(population=0), r"population must be at least 1 example, got population = 0"),
     ("population nan", build(population=math.nan), r"population must be at least 1 example, got population = nan"),
@@ -191,6 +218,11 @@ WRONG: list[tuple[str, Callable[[], object], str]] = [
     ("fixed", lambda: ab.Fixed(0), r"accumulation_steps must be .* got accumulation_steps = 0"),
     ("replay", lambda: ab.Replay([]), r"accumulation_steps must .* got"),
     ("one step", build(limits=ab.Limits(min_steps=1)), r"min_steps must be at least 2 for RelativeStandardError"),
+    ("limits of another kind", build(limits={"max_steps": 4}), r"limits must be a Limits, got \{'max_steps': 4\}; Lim"),
+    ("new limits", limit((1, 4)), r"limits must be a Limits, got \(1, 4\); Limits\(max_steps=64\) allows up to 64"),
+    ("new limits none", limit(None), r"limits must be a Limits, got None"),
+    ("new limits of one", limit(ab.Limits(max_steps=1)), r"max_steps must be at least 2 for RelativeStandardError"),
+    ("new one step", limit(ab.Limits(min_steps=1)), r"min_steps must be at least 2 for RelativeStandardError"),
     ("unit", lambda: ab.ScheduleDriver(_scheduler(), unit=0), r"unit must be .* got unit = 0"),
 ]
 

@@ -1076,3 +1076,85 @@ class TestCoupling:
         model = small_model()
         with pytest.raises(ValueError, match=r"optimizer must be one with a second moment .* got SGD"):
             ab.BatchController(model, sgd(model), learning_rate=ab.LearningRate(rescale_second_moment=True))
+
+
+class TestLimits:
+    """Changed under way: an open window keeps its size, the next one is within the new limits."""
+
+    @staticmethod
+    def made(**options: object) -> ab.BatchController:
+        model = small_model()
+        return ab.BatchController(model, sgd(model), **options)
+
+    def test_between_windows_the_next_size_is_bounded_at_once(self):
+        controller = self.made(rule=ab.Replay([4, 4, 4, 4]))
+        run(controller, batches([4] * 4))
+        controller.limits = ab.Limits(max_steps=3)
+        assert controller.accumulation_steps == 3
+        assert "the rule wants more and max_steps does not allow it" in controller.explain()
+        controller.limits = ab.Limits(max_steps=8)
+        # More room is for the rule to take, at its next decision.
+        assert controller.accumulation_steps == 3
+        run(controller, batches([4] * 7))
+        assert controller.history.to_pandas()["accumulation_steps"].tolist() == [4, 3, 4]
+
+    def test_an_open_window_keeps_its_size(self):
+        controller = self.made(rule=ab.Replay([3, 3, 3]))
+        data = batches([4] * 3)
+        controller.backward(squared(controller.model, data[0]), weight=4)
+        controller.limits = ab.Limits(min_steps=5)
+        for x in data[1:]:
+            assert controller.accumulation_steps == 3
+            controller.backward(squared(controller.model, x), weight=4)
+        decision = controller.step()
+        assert (decision.accumulation_steps, decision.reason) == (5, "at_min")
+
+    def test_an_open_scope_keeps_its_size(self):
+        """It said already whether its backward synchronises."""
+        controller = self.made(rule=ab.Fixed(2))
+        for x in controller.micro_batches(batches([4] * 3)):
+            controller.limits = ab.Limits(max_steps=1)
+            assert controller.accumulation_steps == (2 if len(controller.history) == 0 else 1)
+            controller.backward(squared(controller.model, x), weight=4)
+            if controller.step_due:
+                controller.step()
+        assert controller.history.to_pandas()["accumulation_steps"].tolist() == [2, 1]
+
+    def test_a_discarded_window_is_no_longer_open(self):
+        controller = self.made(rule=ab.Fixed(4))
+        controller.backward(squared(controller.model, batches([4])[0]), weight=4)
+        controller.limits = ab.Limits(max_steps=2)
+        controller.discard_window()
+        assert controller.accumulation_steps == 2
+
+    def test_a_checkpoint_is_brought_within_them(self):
+        controller = self.made(rule=ab.Fixed(4))
+        run(controller, batches([4] * 4))
+        other = self.made(rule=ab.Fixed(4), limits=ab.Limits(max_steps=2))
+        other.load_state_dict(controller.state_dict())
+        assert other.accumulation_steps == 2
+        other.load_state_dict(other.state_dict())
+
+    def test_a_closed_loop_rule_decides_from_the_size_that_they_allow(self):
+        controller = self.made(rule=ab.RelativeStandardError(theta=0.01, memory=100.0, dead_time=0.0))
+        run(controller, batches([4] * 400))
+        grown = controller.accumulation_steps
+        assert grown > 8
+        controller.limits = ab.Limits(max_steps=8, max_growth=1.5)
+        assert controller.accumulation_steps == 8
+        assert controller.state_dict()["loop"]["changed_at"] == controller.examples_seen
+        run(controller, batches([4] * 80))
+        assert controller.history.to_pandas()["accumulation_steps"].iloc[-5:].max() == 8
+
+    def test_before_the_first_window_it_is_no_change_of_size(self):
+        controller = self.made(rule=ab.RelativeStandardError())
+        controller.limits = ab.Limits(min_steps=4)
+        assert controller.accumulation_steps == 4
+        assert np.isneginf(controller.state_dict()["loop"]["changed_at"])
+
+    def test_wrong_ones_change_nothing(self):
+        controller = self.made()
+        before = controller.limits
+        with pytest.raises(ValueError, match="min_steps must be at least 2 for RelativeStandardError on one rank"):
+            controller.limits = ab.Limits(min_steps=1)
+        assert controller.limits == before

@@ -263,6 +263,33 @@ class TestDecisions:
         ):
             spawn(disagreeing, tmp_path)
 
+    def test_limits_change_under_way_without_a_gradient_that_is_not_synchronised(self, tmp_path):
+        """In the scope of a first micro-batch, which went unsynchronised for a window of three; then after a step."""
+        ranks, twin = spawn(relimited, tmp_path), small_model()
+        optimizer = sgd(twin)
+        for low, high in ((0, 3), (3, 4), (4, 5), (5, 7)):
+            squared(twin, torch.cat([x for r in range(2) for x in batches([4] * 7, r)[low:high]])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for found in ranks:
+            assert found["rows"]["accumulation_steps"].tolist() == [3, 1, 1, 2]
+            for p, q in zip(found["parameters"], twin.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def relimited(rank: int) -> dict[str, Any]:
+    model = DistributedDataParallel(small_model())
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(3))
+    for index, x in enumerate(controller.micro_batches(batches([4] * 7, seed=rank))):
+        if index == 0:
+            controller.limits = ab.Limits(max_steps=1)
+        controller.backward(squared(model, x), weight=len(x))
+        if controller.step_due:
+            controller.step()
+        if index == 4:
+            controller.limits = ab.Limits(min_steps=2, max_steps=2)
+    return {"rows": controller.history.to_pandas(), "parameters": [p.detach() for p in model.parameters()]}
+
 
 def disagreeing(rank: int) -> None:
     train(DistributedDataParallel(small_model()), shards(0), rule=ab.Fixed(1 + rank))
