@@ -570,6 +570,13 @@ class BatchController:
         Within a window it holds copies of the gradients so far. History rows are not in it (``history.to_parquet()``
         keeps them); their numbering goes on after a load.
 
+        ``torch.distributed.checkpoint`` saves any of these states, and loads in place those whose keys the controller
+        at hand has too: those between windows, without ``phase``. Of another it says that ``window`` or ``previous``
+        is missing and changes nothing; such a checkpoint is read whole::
+
+            dcp_to_torch_save(folder, "whole.pt")  # of torch.distributed.checkpoint.format_utils
+            controller.load_state_dict(torch.load("whole.pt")["controller"])
+
         Raises:
             RuntimeError: Between :meth:`normalize_` and :meth:`step`, after a failed backward pass, or within a window
                 of several ranks.

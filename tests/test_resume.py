@@ -120,61 +120,6 @@ class TestStatefulLoader:
             job.controller.loader_state_dict()
 
 
-class TestDistributedCheckpoint:
-    @pytest.mark.filterwarnings("ignore::FutureWarning")
-    @pytest.mark.filterwarnings("ignore::UserWarning")
-    def test_the_controller_is_stateful(self, tmp_path):
-        """torch.distributed.checkpoint takes any object with state_dict and load_state_dict; between windows here."""
-        import torch.distributed.checkpoint as dcp
-
-        torch.manual_seed(0)
-        models = [small_model(seed, dtype=torch.float32) for seed in (0, 1)]
-        first, second = (
-            ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=0.05), rule=LastDigits())
-            for model in models
-        )
-        data = torch.randn(200, 5, 4)
-
-        def go_on(controller: ab.BatchController, items: torch.Tensor) -> None:
-            for x in items:
-                controller.backward(squared(controller.model, x), weight=len(x))
-                if controller.step_due:
-                    controller.step()
-
-        stop = 0
-        while stop < 100 or first._window.cells:
-            go_on(first, data[stop : stop + 1])
-            stop += 1
-        done = len(first.history)
-        dcp.save({"model": models[0].state_dict(), "controller": first}, checkpoint_id=tmp_path / "dcp")
-        state = {"model": models[1].state_dict(), "controller": second}
-        dcp.load(state, checkpoint_id=tmp_path / "dcp")
-        models[1].load_state_dict(state["model"])
-        go_on(first, data[stop:])
-        go_on(second, data[stop:])
-        assert equal_state(*models)
-        expected = first.history.to_pandas().iloc[done:].drop(columns="wall_seconds").reset_index(drop=True)
-        pd.testing.assert_frame_equal(
-            second.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
-        )
-
-
-def slow_job(folder: str) -> None:
-    """Trains with a checkpoint after every micro-batch, moved into its place; goes on from the last one."""
-    torch.set_num_threads(1)
-    path, job = Path(folder) / "checkpoint.pt", Job()
-    if path.exists():
-        job.load(torch.load(path))
-
-    def save(job: Job) -> None:
-        torch.save(job.state(), path.with_suffix(".unfinished"))
-        os.replace(path.with_suffix(".unfinished"), path)
-        time.sleep(0.02)
-
-    job.run(save)
-    torch.save(job.state(), Path(folder) / "done.pt")
-
-
 def trained(windows: int, micro_batches: int, late: bool = False, **options: Any) -> ab.BatchController:
     """A controller after so many windows and micro-batches of the next; ``late`` as on a GPU."""
     model = small_model(dtype=torch.float32)
@@ -244,6 +189,108 @@ def alike(value: Any, original: Any) -> bool:
 
 def text(controller: ab.BatchController) -> str:
     return repr(controller.state_dict() | {"wall_seconds": 0.0})
+
+
+class TestDistributedCheckpoint:
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_the_controller_is_stateful(self, tmp_path):
+        """torch.distributed.checkpoint takes any object with state_dict and load_state_dict; between windows here."""
+        import torch.distributed.checkpoint as dcp
+
+        torch.manual_seed(0)
+        models = [small_model(seed, dtype=torch.float32) for seed in (0, 1)]
+        first, second = (
+            ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=0.05), rule=LastDigits())
+            for model in models
+        )
+        data = torch.randn(200, 5, 4)
+
+        def go_on(controller: ab.BatchController, items: torch.Tensor) -> None:
+            for x in items:
+                controller.backward(squared(controller.model, x), weight=len(x))
+                if controller.step_due:
+                    controller.step()
+
+        stop = 0
+        while stop < 100 or first._window.cells:
+            go_on(first, data[stop : stop + 1])
+            stop += 1
+        done = len(first.history)
+        dcp.save({"model": models[0].state_dict(), "controller": first}, checkpoint_id=tmp_path / "dcp")
+        state = {"model": models[1].state_dict(), "controller": second}
+        dcp.load(state, checkpoint_id=tmp_path / "dcp")
+        models[1].load_state_dict(state["model"])
+        go_on(first, data[stop:])
+        go_on(second, data[stop:])
+        assert equal_state(*models)
+        expected = first.history.to_pandas().iloc[done:].drop(columns="wall_seconds").reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            second.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
+        )
+
+    @pytest.mark.filterwarnings("ignore::FutureWarning")
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    @pytest.mark.parametrize(
+        ("name", "missing"),
+        [
+            ("between windows", "sensor.previous"),
+            ("within a window", "window"),
+            ("with kept gradients", "window"),
+            ("with a late window", "late_window"),
+        ],
+    )
+    def test_a_state_with_more_in_it_than_a_fresh_one_is_read_whole(self, tmp_path, name, missing):
+        """In place it is refused by torch, which loads what both states hold; the documented way goes on to the bit."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+        options = {key: value for key, value in STATES[name].items() if key not in ("windows", "micro_batches")}
+        first, second = trained(**STATES[name]), trained(0, 0, **options)
+        model, optimizer = get_state_dict(first.model, first.optimizer)
+        parts = {"model": model, "optimizer": optimizer, "controller": first}
+        dcp.save(parts, checkpoint_id=tmp_path / "dcp")
+        before = text(second)
+        with pytest.raises(
+            dcp.CheckpointException, match=rf"Missing key in checkpoint state_dict: controller\.{missing}\."
+        ):
+            dcp.load({"controller": second}, checkpoint_id=tmp_path / "dcp")
+        assert text(second) == before
+        dcp_to_torch_save(tmp_path / "dcp", tmp_path / "whole.pt")
+        whole = torch.load(tmp_path / "whole.pt")
+        set_state_dict(
+            second.model,
+            second.optimizer,
+            model_state_dict=whole["model"],
+            optim_state_dict=whole["optimizer"],
+        )
+        second.load_state_dict(whole["controller"])
+        assert text(second) == text(first)
+        done = len(first.history)
+        for controller in (first, second):
+            hear(controller, 5)
+        assert equal_state(first.model, second.model)
+        expected = first.history.to_pandas().iloc[done:].drop(columns="wall_seconds").reset_index(drop=True)
+        pd.testing.assert_frame_equal(
+            second.history.to_pandas().drop(columns="wall_seconds"), expected, check_exact=True
+        )
+
+
+def slow_job(folder: str) -> None:
+    """Trains with a checkpoint after every micro-batch, moved into its place; goes on from the last one."""
+    torch.set_num_threads(1)
+    path, job = Path(folder) / "checkpoint.pt", Job()
+    if path.exists():
+        job.load(torch.load(path))
+
+    def save(job: Job) -> None:
+        torch.save(job.state(), path.with_suffix(".unfinished"))
+        os.replace(path.with_suffix(".unfinished"), path)
+        time.sleep(0.02)
+
+    job.run(save)
+    torch.save(job.state(), Path(folder) / "done.pt")
 
 
 class TestHostileStates:
