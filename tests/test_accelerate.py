@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import adaptbatch as ab
 from adaptbatch.integrations.accelerate import controller_for
 from tests import reference
 from tests.test_controller import LastDigits, batches, equal_state, sgd, small_model, split, squared
+from tests.test_distributed import spawn
 
 
 def loader(examples: int = 42, dtype: torch.dtype = torch.float64) -> DataLoader:
@@ -46,6 +52,65 @@ def test_unequal_and_partial_windows_equal_true_large_batches():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
     assert controller.history.to_pandas()["accumulation_steps"].tolist() == [2, 3, 1, 4, 1, 4, 4, 3]
     assert controller.examples_seen == 84
+
+
+# Micro-batches by their sizes, dealt to two ranks in turn: seven for the first, six for the second.
+SIZES = [4, 7, 3, 5, 2, 6, 1, 5, 3, 4, 8, 2, 5]
+
+
+def unequal() -> DataLoader:
+    data = torch.cat(batches([sum(SIZES)]))
+    return DataLoader(TensorDataset(data), batch_sampler=[list(part) for part in torch.arange(len(data)).split(SIZES)])
+
+
+def ranked(rank: int, even_batches: bool) -> dict[str, Any]:
+    # What torchrun sets, and Accelerate asks for though the group exists.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=even_batches))
+    plain = small_model()
+    model, optimizer, data = accelerator.prepare(plain, sgd(plain), loader() if even_batches else unequal())
+    controller, seen = controller_for(accelerator, model, optimizer, rule=ab.Replay([2, 3, 4])), []
+    for _ in range(2):
+        windows: list[list[torch.Tensor]] = [[]]
+        for (x,) in controller.micro_batches(data):
+            windows[-1].append(x)
+            controller.backward(squared(model, x), weight=len(x))
+            if controller.step_due:
+                controller.step()
+                windows.append([])
+        seen += windows[:-1]
+    rows = controller.history.to_pandas()
+    found = {"seen": seen, "rows": rows, "parameters": [p.detach() for p in plain.parameters()]}
+    return found | {"kind": type(model), "unused": controller.unused_micro_batches, "left": len(windows[-1])}
+
+
+@pytest.mark.parametrize(
+    ("even_batches", "windows"),
+    [
+        (False, [[2, 3, 2, 4, 3], [2, 3, 1, 4, 2]]),
+        # Forty-two examples in fours: Accelerate fills up the last two micro-batches from the beginning.
+        (True, [[2, 3, 1, 4, 2], [2, 3, 1, 4, 2]]),
+    ],
+    ids=["unequal", "even"],
+)
+def test_two_ranks_equal_one_process_that_sees_the_same_examples(tmp_path, even_batches, windows):
+    """Micro-batches that differ in size and in number from rank to rank; each epoch ends within a window."""
+    ranks, twin = spawn(ranked, tmp_path, even_batches), small_model()
+    reference.hand_written_loop(
+        twin, sgd(twin), squared, [a + b for a, b in zip(*(r["seen"] for r in ranks), strict=True)]
+    )
+    for found, expected in zip(ranks, windows, strict=True):
+        assert found["kind"] is DistributedDataParallel
+        assert [len(window) for window in found["seen"]] == expected
+        assert found["rows"]["accumulation_steps"].tolist() == expected
+        assert (found["unused"], found["left"]) == (0, 0)
+        for p, q in zip(found["parameters"], twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    first, second = (found["rows"] for found in ranks)
+    shared = ["global_batch", "examples_seen", "noise_trace", "grad_sq_norm", "loss", "target_batch", "reason"]
+    pd.testing.assert_frame_equal(first[shared], second[shared], check_exact=True)
+    assert first["examples_seen"].iloc[-1] == 2 * (48 if even_batches else sum(SIZES))
 
 
 def test_its_checkpoints_carry_the_controller(tmp_path):
