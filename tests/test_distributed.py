@@ -77,16 +77,46 @@ def replicated(rank: int, sync: str, bucket_view: bool) -> dict[str, Any]:
     return found | {"parameters": [p.detach() for p in model.parameters()]}
 
 
-def sharded(rank: int, sync: str, half: bool) -> dict[str, Any]:
+def sharded_model(half: bool) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = small_model(dtype=torch.float32 if half else torch.float64)
-    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if half else {}
+    in_half = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    policy = in_half if half else {}
     fully_shard(model[0], **policy)
     fully_shard(model, **policy)
+    return model
+
+
+def sharded(rank: int, sync: str, half: bool) -> dict[str, Any]:
+    model = sharded_model(half)
     data = [x.float() for x in shards(rank)] if half else shards(rank)
     found = train(model, data, rule=ab.Replay(STEPS), sync=sync)
-    return found | {"parameters": [p.full_tensor().detach() for p in model.parameters()]}
+    found |= {"parameters": [p.full_tensor().detach() for p in model.parameters()]}
+    if half:
+        found |= {f"hand-written, {scale}": hand_written_in_half(rank, sync, scale) for scale in ("expected", "mean")}
+    return found
+
+
+def hand_written_in_half(rank: int, sync: str, scale: str) -> list[Tensor]:
+    """Parameters after a loop of FSDP2 alone: each loss times its weight over ``reference``, then one exact division.
+
+    The reference is the weight that a full window is expected to have, as in the controller, or what it has.
+    """
+    model, data = sharded_model(half=True), [x.float() for x in shards(rank)]
+    optimizer, cell = sgd(model), sum(sizes[0] for sizes in SIZES) / WORLD
+    for steps, (low, high) in zip(STEPS, WINDOWS[1], strict=True):
+        each = sum(sum(sizes[low:high]) for sizes in SIZES) / WORLD
+        reference = steps * cell if scale == "expected" else each
+        for index in range(low, high):
+            model.set_requires_gradient_sync(sync == "every" or index == high - 1)
+            (squared(model, data[index]) * (len(data[index]) / reference)).backward()
+        for p in model.parameters():
+            p.grad.div_(each / reference)
+        optimizer.step()
+        optimizer.zero_grad()
+        cell = each / (high - low)
+    return [p.full_tensor().detach() for p in model.parameters()]
 
 
 def expected(windows: list[list[tuple[int, int]]]) -> tuple[nn.Module, pd.DataFrame]:
@@ -139,10 +169,23 @@ class TestEqualsOneProcess:
             pd.testing.assert_frame_equal(found["rows"][list(rows)], rows, rtol=1e-6)
         assert [found["unused"] for found in ranks] == [3, 0]
 
-    def test_sharded_in_mixed_precision(self, tmp_path):
-        """Local bfloat16 gradients, squared norms in float32: near the exact ones, and the same on both ranks."""
-        ranks = spawn(sharded, tmp_path, "last", True)
+    @pytest.mark.parametrize("sync", ["last", "every"])
+    def test_sharded_in_mixed_precision(self, tmp_path, sync):
+        """Local bfloat16 gradients, squared norms in float32: near the exact ones, and the same on both ranks.
+
+        Parameters are those of a hand-written loop of the same policy that scales its losses alike; with other scales
+        bfloat16 rounds otherwise, 8 bits of each gradient.
+        """
+        ranks = spawn(sharded, tmp_path, sync, True)
         _, rows = expected([WINDOWS[1], WINDOWS[1]])
+        started = list(small_model(dtype=torch.float32).parameters())
+        for found in ranks:
+            ours, alike, other = (
+                found[name] for name in ("parameters", "hand-written, expected", "hand-written, mean")
+            )
+            for p, same, near, start in zip(ours, alike, other, started, strict=True):
+                torch.testing.assert_close(p, same, rtol=1e-6, atol=1e-7)
+                assert (p - near).norm() < 2**-7 * (p - start).norm()
         first, second = (found["rows"] for found in ranks)
         pd.testing.assert_series_equal(first["noise_trace"], second["noise_trace"], check_exact=True)
         # bfloat16 keeps 8 bits of every gradient; the first window starts from the same parameters.
