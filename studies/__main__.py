@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pandas as pd
 import tyro
@@ -15,7 +15,12 @@ from studies import ranks
 from studies import two_networks as two_networks_study
 from studies.analysis import summary
 from studies.figures import closed_loop_figure, quick_figure
-from studies.runner import RUNS, provenance, run_all, write_atomically
+from studies.results import RESULTS, write_atomically
+from studies.runner import RUNS, provenance, run_all
+from studies.sweep import Cluster, Preset, Study
+
+Data = Literal["mnist", "fashion", "shuttle", "digits"]
+Name = Literal["origin", "comparison", "sensitivity", "momentum", "depth", "frontier"]
 
 app = tyro.extras.SubcommandApp()
 
@@ -152,6 +157,88 @@ def calibration(
         write_atomically(table, out / f"{name}.parquet")
     calibration_figure(tables["coverage"], tables["error"], out / "figure.png")
     print(f"tables  {out}\nfigure  {out / 'figure.png'}")
+
+
+@app.command(name="list")
+def list_studies() -> None:
+    """The studies of many runs, for ``run``, ``status`` and ``report``."""
+    from studies.catalogue import STUDIES
+
+    for study in STUDIES.values():
+        print(f"{study.name:<12} {study.about}")
+
+
+@app.command
+def run(
+    name: tyro.conf.Positional[Name],
+    preset: Preset = "laptop",
+    seeds: Annotated[int | None, tyro.conf.arg(help="of the reported runs; the preset's if not given")] = None,
+    data: Annotated[tuple[Data, ...], tyro.conf.arg(help="data sets; the study's if not given")] = (),
+    workers: Annotated[int, tyro.conf.arg(help="processes here, or jobs at once on a cluster")] = 2,
+    device: Annotated[str, tyro.conf.arg(help="cpu, cuda (all GPUs in turn), cuda:1")] = "cpu",
+    cluster: Annotated[Cluster, tyro.conf.arg(help="submit with submitit; local tries its way here")] = "none",
+    partition: Annotated[str | None, tyro.conf.arg(help="of the cluster")] = None,
+    minutes: Annotated[int, tyro.conf.arg(help="time limit of a cluster job")] = 240,
+    store: Annotated[Path, tyro.conf.arg(help="where runs are kept; machines may share it")] = RUNS / "store",
+    out: Annotated[Path | None, tyro.conf.arg(help="where the study's tables go; runs/PRESET if not given")] = None,
+) -> None:
+    """Run what is missing of a study, here or on a cluster, and show its tables; finished runs are kept."""
+    from studies.sweep import Options, Where, carry_out
+
+    study, options = _study(name), Options(preset, seeds, data)
+    carry_out(study, options, Where(workers, device, cluster, minutes, partition), out, store)
+    _report(study, study.folder(options, out))
+
+
+@app.command
+def status(
+    name: tyro.conf.Positional[Name],
+    preset: Preset = "laptop",
+    seeds: int | None = None,
+    data: tuple[Data, ...] = (),
+    store: Path = RUNS / "store",
+) -> None:
+    """How much of a study is done, by stage, as far as its runs can be named now."""
+    from studies.sweep import Found, Options, committed
+
+    found = Found(store, committed())
+    runs = _study(name).plan(Options(preset, seeds, data), found)
+    rows = pd.DataFrame({"stage": dict(run.labels)["stage"], "finished": run in found} for run in runs)
+    table = rows.groupby("stage", sort=False)["finished"].agg(finished="sum", known="size").reset_index()
+    print(table.to_string(index=False))
+
+
+@app.command
+def report(
+    name: tyro.conf.Positional[Name],
+    results: Annotated[
+        Path, tyro.conf.arg(help="where studies have written; the committed results if not given")
+    ] = RESULTS,
+) -> None:
+    """Tables and figures of a study, from its finished runs."""
+    _report(_study(name), results / name)
+
+
+@app.command
+def fetch(name: tyro.conf.Positional[Data]) -> None:
+    """Download a data set into the user's cache, and verify it."""
+    from studies import data as data_sets
+
+    print(f"{name} is in {data_sets.fetch(name)}")
+
+
+def _study(name: str) -> Study:
+    from studies.catalogue import STUDIES
+
+    return STUDIES[name]
+
+
+def _report(study: Study, folder: Path) -> None:
+    for title, table in study.tables(folder).items():
+        print(f"\n{study.name}: {title}\n\n{table.to_string(index=False, float_format=lambda x: f'{x:.4g}')}")
+        write_atomically(table, folder / f"{title}.parquet")
+    study.figures(folder)
+    print(f"\nfolder  {folder}")
 
 
 @app.command

@@ -9,15 +9,16 @@ Pre-registered, before any of its reported runs (tuning runs are on seeds of the
   (:mod:`studies.reduce`) on tuning seeds, reported on fresh ones. Budgets are in examples.
 * Target of a task: 1.05 times the median ``final`` of its best fixed batch. Examples to target: of the first evaluation
   whose mean with the four before is at or below it, infinite if there is none.
-* W1: adaptive (theta = 1) is not inferior to the best fixed batch, tuned for itself, in examples to target, with a margin
-  of 10 %, on at least 80 % of the tasks: the upper end of the 95 % interval of the ratio is below 1.10.
+* W1: adaptive (theta = 1) is not inferior to the best fixed batch, tuned for itself, in examples to target, with a
+  margin of 10 %, on at least 80 % of the tasks: the upper end of the 95 % interval of the ratio is below 1.10.
 * W2: adaptive has a lower regret than every fixed batch when hyper-parameters are carried over to another data set, or
   reaches the best fixed batch's loss at a lower cost that includes the trials.
 * W3: adaptive does not diverge more often than the largest fixed batch, at the rate at which the smallest spikes.
 * W4: neither a replay of its recorded batches on another seed nor a learning rate that follows them does what it does:
   else the claim is about a schedule or a rate, not about feedback.
 
-A claim is supported if its whole interval says so, not supported if the whole interval says the contrary, else undecided.
+A claim is supported if its whole interval says so, not supported if the whole interval says the contrary, else
+undecided.
 """
 
 from __future__ import annotations
@@ -150,20 +151,22 @@ def plan(options: Options, found: Found) -> list[Run]:
     for network in _NETWORKS:
         best = {m.name: chosen for m in _of(network) if (chosen := choose(m, network, home, scale, found)) is not None}
         for name, params in best.items():
-            runs += [_run("final", network, home, scale, _METHOD[name].arm(params), s, name) for s in seeds]
+            runs += [labelled("final", network, home, scale, _METHOD[name].arm(params), s, name) for s in seeds]
         if "fixed 64" in best:
             lower = replace(_METHOD["fixed 64"].arm(best["fixed 64"]), lr=best["fixed 64"]["lr"] / 4, name="lower rate")
-            runs += [_run("final", network, home, scale, lower, s, "lower rate") for s in seeds]
+            runs += [labelled("final", network, home, scale, lower, s, "lower rate") for s in seeds]
         if ADAPTIVE in best:
             arm = _METHOD[ADAPTIVE].arm(best[ADAPTIVE])
             runs += [run for s in seeds for run in _controls(arm, network, home, scale, s, len(seeds), found)]
         for data in away:
             names = [name for name in TRANSFERRED if name in best]
-            runs += [_run("away", network, data, scale, _METHOD[n].arm(best[n]), s, n) for n in names for s in seeds]
+            runs += [
+                labelled("away", network, data, scale, _METHOD[n].arm(best[n]), s, n) for n in names for s in seeds
+            ]
     stress = range(options.seeds or scale.stress_seeds)
     for name in STRESSED:
         arm = _METHOD[name].arm({"lr": STRESS_LR, "knob": STRESS_KNOBS.get(name, _NAN)})
-        runs += [_run("stress", "noisy", home, scale, arm, s, name) for s in stress]
+        runs += [labelled("stress", "noisy", home, scale, arm, s, name) for s in stress]
     return runs
 
 
@@ -176,9 +179,10 @@ def _of(network: Network) -> list[Method]:
     return [method for method in METHODS if network in method.networks]
 
 
-def _run(
+def labelled(
     stage: str, network: Network, data: str, scale: Scale, arm: Arm, seed: int, method: str, trial: int = -1
 ) -> Run:
+    """A run of the comparison with its labels."""
     labels = {"stage": stage, "network": network, "data": data, "method": method, "trial": trial, "lr": arm.lr}
     return Run(SHARED, task(network, data, scale), arm, seed, tuple(labels.items()))
 
@@ -187,7 +191,7 @@ def tuning(method: Method, network: Network, data: str, scale: Scale) -> Iterato
     """A method's trials on the tuning seeds."""
     for index, params in enumerate(points(method, scale)):
         for seed in range(TUNING_SEED, TUNING_SEED + scale.tuning_seeds):
-            yield _run("tune", network, data, scale, method.arm(params), seed, method.name, index)
+            yield labelled("tune", network, data, scale, method.arm(params), seed, method.name, index)
 
 
 def choose(method: Method, network: Network, data: str, scale: Scale, found: Found) -> dict[str, float] | None:
@@ -203,7 +207,7 @@ def _controls(
     arm: Arm, network: Network, data: str, scale: Scale, seed: int, seeds: int, found: Found
 ) -> Iterator[Run]:
     """What is not feedback: the batches recorded on the seed before, in other hands."""
-    recorded = found.get(_run("final", network, data, scale, arm, (seed - 1) % seeds, ADAPTIVE))
+    recorded = found.get(labelled("final", network, data, scale, arm, (seed - 1) % seeds, ADAPTIVE))
     if recorded is None:
         return
     k = np.repeat(recorded["schedule_k"], recorded["schedule_windows"]).astype(int)
@@ -223,4 +227,4 @@ def _controls(
         "random switching": replace(arm, rule=ab.Replay(tuple(shuffled.tolist()))),
     }
     for name, variant in variants.items():
-        yield _run("control", network, data, scale, replace(variant, name=name), seed, name)
+        yield labelled("control", network, data, scale, replace(variant, name=name), seed, name)

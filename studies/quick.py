@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import adaptbatch as ab
 from studies import data
-from studies.runner import Run
 from studies.arms import Arm, Warmup
+from studies.runner import Run
 from studies.training import Task
 
 STUDY = "quick"

@@ -1,4 +1,5 @@
-"""From a run's table to what is committed: one row of settings and outcomes, and its curve. Neither torch nor adaptbatch.
+"""From a run's table to what is committed: one row of settings and outcomes, and its curve. Neither torch nor
+adaptbatch.
 
 Definitions, fixed before any run of the studies:
 
@@ -65,7 +66,9 @@ def outcome(table: pd.DataFrame, budget: float, mean_input_loss: float) -> dict[
     whole = bool(seen.iloc[-1] >= budget and np.isfinite(table["loss"]).all())
     losses = probe["validation_loss"].where(np.isfinite(probe["validation_loss"]))
     later = losses[probe["examples_seen"] > SPIKE_SKIP * budget]
-    lost = (later > losses.iloc[0]) | (later > np.maximum(DIVERGED_FACTOR * losses.cummin(), mean_input_loss)[later.index])
+    lost = (later > losses.iloc[0]) | (
+        later > np.maximum(DIVERGED_FACTOR * losses.cummin(), mean_input_loss)[later.index]
+    )
     ending = losses[probe["examples_seen"] > (1 - LAST) * budget]
     trained = table[seen > (1 - LAST) * budget]
     return {

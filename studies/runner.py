@@ -10,7 +10,6 @@ import os
 import platform
 import subprocess
 import threading
-import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
@@ -27,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from studies import data, ranks
 from studies.arms import Arm
+from studies.results import as_json, read_table, write_atomically
 from studies.schema import SCHEMA_VERSION, conform
 from studies.training import Task, train
 
@@ -93,20 +93,26 @@ class Run:
         Raises:
             ResultsError: If the file is there and cannot be read.
         """
-        identity = json.loads(json.dumps(self.identity()))
+        identity = as_json(self.identity())
         if (path := self.path(folder)).is_file():
-            table = read_table(path)
-            return table.assign(arm=self.arm.name) if table.attrs.get("identity") == identity else None
+            return self._named(read_table(path))
         if not (path := folder / "results.parquet").is_file():
             return None
         results = read_table(path)
         for attrs in results.attrs.get("runs", ()):
             if attrs.get("identity") == identity:
                 rows = results[(results["arm"] == attrs["arm"]) & (results["seed"] == self.seed)]
-                table = rows.reset_index(drop=True).assign(arm=self.arm.name)
+                table = rows.reset_index(drop=True)
                 table.attrs = attrs
-                return table
+                return self._named(table)
         return None
+
+    def _named(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table under this run's name, whatever it was called when it was trained."""
+        attrs = table.attrs | {"arm": self.arm.name}
+        table = table.assign(arm=self.arm.name)
+        table.attrs = attrs
+        return table
 
     def execute(self, folder: Path, progress: Queue[tuple[str, float]] | None = None, device: str = "cpu") -> bool:
         """Train and store, in one atomic move: a table exists whole or not at all.
@@ -142,24 +148,6 @@ class Run:
         return True
 
 
-class ResultsError(RuntimeError):
-    """A file of results cannot be read."""
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A table of results.
-
-    Raises:
-        ResultsError: If the file is not a whole Parquet file.
-    """
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ResultsError(
-            f"{path} is not a whole Parquet file ({error}); delete it, and what was in it will be run again."
-        ) from error
-
-
 def _short(text: str) -> str:
     """A long sequence by its hash."""
     return text if len(text) < 400 else f"{text[:60]}... sha256 {hashlib.sha256(text.encode()).hexdigest()}"
@@ -184,22 +172,6 @@ def provenance(device: str = "cpu") -> dict[str, str]:
 
         machine = torch.cuda.get_device_name(device)
     return versions | {"commit": commit, "python": platform.python_version(), "machine": machine}
-
-
-def write_atomically(table: pd.DataFrame, path: Path) -> None:
-    """Write a Parquet file beside its place, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two processes may write the same table, and one of them may be killed.
-    unfinished = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            table.to_parquet(file, index=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def run_all(runs: Sequence[Run], folder: Path, workers: int) -> pd.DataFrame:

@@ -47,14 +47,10 @@ def iqm(strata: Sequence[np.ndarray]) -> Interval:
         2.5
     """
 
-    def statistic(*samples: np.ndarray) -> float:
-        return float(stats.trim_mean(np.concatenate(samples), 0.25))
+    def statistic(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis))
 
-    return _bootstrapped(strata, statistic)
-
-
-def _bootstrapped(strata: Sequence[np.ndarray], statistic: object) -> Interval:
-    value = statistic(*strata)  # type: ignore[operator]
+    value = float(statistic(*strata))
     if any(len(stratum) < 2 for stratum in strata):
         return Interval(value, math.nan, math.nan)
     with warnings.catch_warnings():
@@ -63,7 +59,7 @@ def _bootstrapped(strata: Sequence[np.ndarray], statistic: object) -> Interval:
         found = stats.bootstrap(
             tuple(strata),
             statistic,
-            vectorized=False,
+            vectorized=True,
             paired=False,
             n_resamples=RESAMPLES,
             confidence_level=LEVEL,

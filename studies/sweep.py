@@ -17,9 +17,9 @@ import pandas as pd
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from studies import reduce
-from studies.runner import RUNS, Run, read_table, write_atomically
+from studies.results import RESULTS, read_table, write_atomically
+from studies.runner import RUNS, Run
 
-RESULTS = Path(__file__).parent / "results"
 SHARED = "shared"
 Preset = Literal["smoke", "laptop", "paper"]
 Cluster = Literal["none", "local", "slurm"]
@@ -96,7 +96,7 @@ class Found:
 
     def get(self, run: Run) -> dict[str, Any] | None:
         """Row of a run, None if it is not finished."""
-        return self[run] if run in self else None
+        return self[run] if run in self else None  # noqa: SIM401
 
     def _reduce(self, run: Run) -> None:
         table = read_table(run.path(self.store))
@@ -131,15 +131,17 @@ class Study:
         name: On the command line, and of its folder.
         about: One line.
         plan: All runs that can be named from what is found.
-        tables: From its rows and curves to the tables that it reports.
-        figures: Draws them into a folder.
+        tables: From the folder of its results to the tables that it reports.
+        measure: Measures what is no training run, on so many processes, and writes it into the folder.
+        figures: Draws from the folder into it.
     """
 
     name: str
     about: str
     plan: Plan
-    tables: Callable[[pd.DataFrame, pd.DataFrame], dict[str, pd.DataFrame]]
-    figures: Callable[[pd.DataFrame, pd.DataFrame, Path], None] = lambda runs, curves, folder: None
+    tables: Callable[[Path], dict[str, pd.DataFrame]]
+    measure: Callable[[Options, int, Path], None] = lambda options, workers, folder: None
+    figures: Callable[[Path], None] = lambda folder: None
 
     def folder(self, options: Options, out: Path | None = None) -> Path:
         """Where its tables go: the committed place only if asked for."""
@@ -171,6 +173,7 @@ def carry_out(
             )
     runs, curves = collect(study, options, found)
     write(runs, curves, folder)
+    study.measure(options, where.workers, folder)
     return runs, curves
 
 
@@ -197,38 +200,14 @@ def write(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> None:
         write_atomically(curves, folder / "curves.parquet")
 
 
-def load(name: str, *, curves: bool = False, folder: Path = RESULTS) -> pd.DataFrame:
-    """A study's results as one tidy table.
-
-    Args:
-        name: Of the study.
-        curves: The evaluations along every run, with the run's labels, in place of a row for each run.
-        folder: Where studies have written; the committed results if not given.
-
-    Raises:
-        FileNotFoundError: If there are none of that name.
-    """
-    if not (folder / name / "runs.parquet").is_file():
-        there = sorted(path.parent.name for path in folder.glob("*/runs.parquet"))
-        raise FileNotFoundError(f"name must be a study with results in {folder}, got name = {name!r}; there: {there}.")
-    runs = read_table(folder / name / "runs.parquet")
-    if not curves:
-        return runs
-    labels = runs[[column for column in LABELS if column in runs]]
-    return labels.merge(read_table(folder / name / "curves.parquet"), on="key")
-
-
-LABELS = ("study", "preset", "network", "data", "stage", "arm", "method", "trial", "seed", "key")
-
-
 def execute(runs: Sequence[Run], store: Path, where: Where, title: str = "") -> None:
     """Compute runs here or on a cluster; each is stored when it is done."""
     devices = _devices(where.device, len(runs))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(title, total=len(runs))
-        for _ in _submitted(runs, devices, store, where) if where.cluster != "none" else _joblib(
-            runs, devices, store, where
+        for _ in (
+            _submitted(runs, devices, store, where) if where.cluster != "none" else _joblib(runs, devices, store, where)
         ):
             bar.advance(task)
 

@@ -18,8 +18,8 @@ class Range:
 def trials(space: Mapping[str, Range], count: int, seed: int = 0) -> list[dict[str, float]]:
     """``count`` points of ``space`` by optuna's scrambled Halton sequence.
 
-    A point does not depend on what others gave, so that all trials run at once; and the values of the first name are the
-    same whatever follows it, so that arms with another hyper-parameter are tuned over the same learning rates.
+    A point does not depend on what others gave, so that all trials run at once; and the values of the first name are
+    the same whatever follows it, so that arms with another hyper-parameter are tuned over the same learning rates.
 
     Args:
         space: Each name's range; ``lr`` first.
@@ -42,7 +42,11 @@ def trials(space: Mapping[str, Range], count: int, seed: int = 0) -> list[dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.QMCSampler(
-            qmc_type="halton", scramble=True, seed=seed, warn_independent_sampling=False, warn_asynchronous_seeding=False
+            qmc_type="halton",
+            scramble=True,
+            seed=seed,
+            warn_independent_sampling=False,
+            warn_asynchronous_seeding=False,
         )
     study = optuna.create_study(sampler=sampler)
     distributions = {name: FloatDistribution(bound.low, bound.high, log=True) for name, bound in space.items()}

@@ -38,8 +38,8 @@ from scipy import stats
 
 import adaptbatch as ab
 from studies.analysis import summary
-from studies.runner import Run
 from studies.arms import Arm
+from studies.runner import Run
 from studies.training import Task
 
 STUDY = "two-networks"

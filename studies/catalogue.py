@@ -1,0 +1,58 @@
+"""The studies that ``python -m studies run`` knows, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from studies import comparison, depth, frontier, momentum, origin, sensitivity, verdicts
+from studies.results import load
+from studies.sweep import Study
+
+Tables = Callable[[pd.DataFrame, pd.DataFrame], dict[str, pd.DataFrame]]
+
+
+def _from_runs(tables: Tables) -> Callable[[Path], dict[str, pd.DataFrame]]:
+    """``tables`` of the rows and curves in a folder."""
+
+    def read(folder: Path) -> dict[str, pd.DataFrame]:
+        name, parent = folder.name, folder.parent
+        return tables(load(name, folder=parent), load(name, curves=True, folder=parent))
+
+    return read
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "origin",
+            "the origin's figures and table, and which choices make its instability appear",
+            origin.plan,
+            _from_runs(origin.tables),
+            measure=origin.measure,
+        ),
+        Study(
+            "comparison",
+            "adaptive against fixed batches, warmup, clipping and more, all tuned alike",
+            comparison.plan,
+            _from_runs(verdicts.tables),
+        ),
+        Study(
+            "sensitivity",
+            "how wide the range is in which each method works",
+            sensitivity.plan,
+            _from_runs(sensitivity.tables),
+        ),
+        Study("momentum", "seven optimizers at a small and a large batch", momentum.plan, _from_runs(momentum.tables)),
+        Study("depth", "noise by depth and architecture, exactly", lambda *_: [], depth.tables, measure=depth.measure),
+        Study(
+            "frontier",
+            "updates against examples, and where each method lies",
+            frontier.plan,
+            _from_runs(frontier.tables),
+        ),
+    )
+}

@@ -1,0 +1,121 @@
+"""Where does each method lie on the frontier of updates against examples?
+
+A fixed batch ``n`` that reaches a target in ``S`` updates has spent ``E = n S`` examples; in the model of McCandlish et
+al. 2018 (arXiv:1812.06162, section 2) ``S(n) = S_min + E_min / n``, so that ``(S / S_min - 1) (E / E_min - 1) = 1``
+whatever ``n``. A method whose product ``q`` is below 1 is inside the frontier of the fixed batches. Theory says that a
+rule ``n = B / theta^2`` cannot be inside by much: its ``q`` is that of a fixed batch (F1: the interval of adaptive's
+``q`` contains 1).
+
+The fixed batches are those of :mod:`studies.comparison`, each with its own tuned rate, and one that is four times
+larger.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from scipy import optimize
+
+from studies import comparison
+from studies.arms import Arm
+from studies.comparison import Method, Network, choose, fixed, tuning
+from studies.runner import Run
+from studies.statistics import to_target
+from studies.sweep import Found, Options
+
+LARGER = Method("fixed 4096", lambda p: Arm("", fixed(4096), p["lr"]))
+SLACK = 1.25
+RESAMPLES = 500
+
+
+def plan(options: Options, found: Found) -> list[Run]:
+    """The comparison's tuning and final runs, and those of one larger batch."""
+    scale = comparison.SCALES[options.preset]
+    data = (options.data or (scale.home,))[0]
+    runs = [run for run in comparison.plan(replace(options, data=(data,)), found) if _wanted(run)]
+    networks: tuple[Network, ...] = ("noisy", "calm")
+    for network in networks:
+        runs += list(tuning(LARGER, network, data, scale))
+        params = choose(LARGER, network, data, scale, found)
+        if params is not None:
+            arm = LARGER.arm(params)
+            seeds = range(options.seeds or scale.seeds)
+            runs += [comparison.labelled("final", network, data, scale, arm, seed, LARGER.name) for seed in seeds]
+    return runs
+
+
+def _wanted(run: Run) -> bool:
+    return dict(run.labels)["stage"] in ("tune", "final")
+
+
+def fit(batches: np.ndarray, updates: np.ndarray) -> tuple[float, float]:
+    """``S_min`` and ``E_min`` of ``S(n) = S_min + E_min / n``, by least squares of the logarithm of ``S``.
+
+    Example:
+        >>> n = np.array([64.0, 256.0, 1024.0])
+        >>> [round(x) for x in fit(n, 100 + 20_000 / n)]
+        [100, 20000]
+    """
+
+    def error(logs: np.ndarray) -> np.ndarray:
+        smallest, examples = np.exp(logs)
+        return np.log(smallest + examples / batches) - np.log(updates)
+
+    start = np.log([updates.min() / 2, (batches * updates).min() / 2])
+    smallest, examples = np.exp(optimize.least_squares(error, start).x)
+    return float(smallest), float(examples)
+
+
+def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The fit of each network, and where every method lies."""
+    final = runs[runs["stage"] == "final"]
+    by_key = dict(tuple(curves.groupby("key", sort=False)))
+    fits, methods = [], []
+    for network, part in final.groupby("network", sort=False):
+        is_fixed = part["arm"].str.startswith("fixed ")
+        # What every fixed batch can reach, up to the slowest one.
+        reachable = part[is_fixed].groupby("arm")["final"].median()
+        target = SLACK * reachable.nsmallest(max(3, len(reachable) - 1)).max()
+        spent = pd.DataFrame([to_target(by_key[key], target) for key in part["key"]], index=part.index)
+        part = part.assign(updates_=spent["updates"], examples_=spent["examples"])
+        held = part[is_fixed & np.isfinite(part["updates_"])]
+        if held["arm"].nunique() < 3:
+            continue
+        batches = held["arm"].str.split().str[1].astype(float)
+        smallest, examples = fit(batches.to_numpy(), held["updates_"].to_numpy())
+        draws = _resampled(held.assign(batch=batches))
+        fits.append(
+            {
+                "network": network,
+                "target": target,
+                "S_min": smallest,
+                "S_min low": np.quantile(draws[:, 0], 0.025),
+                "S_min high": np.quantile(draws[:, 0], 0.975),
+                "E_min": examples,
+                "E_min low": np.quantile(draws[:, 1], 0.025),
+                "E_min high": np.quantile(draws[:, 1], 0.975),
+            }
+        )
+        for arm, own in part.groupby("arm", sort=False):
+            reached = own[np.isfinite(own["updates_"])]
+            row = {"network": network, "arm": arm, "seeds": len(own), "reached": len(reached) / len(own)}
+            if len(reached):
+                updates, used = reached["updates_"].mean(), reached["examples_"].mean()
+                q = (updates / draws[:, 0] - 1) * (used / draws[:, 1] - 1)
+                row |= {"updates": updates, "examples": used, "q": (updates / smallest - 1) * (used / examples - 1)}
+                row |= {"q low": np.quantile(q, 0.025), "q high": np.quantile(q, 0.975)}
+            methods.append(row)
+    return {"fit": pd.DataFrame(fits), "methods": pd.DataFrame(methods)}
+
+
+def _resampled(held: pd.DataFrame) -> np.ndarray:
+    """Fits to seeds drawn again within each batch."""
+    rng = np.random.default_rng(0)
+    groups = [part[["batch", "updates_"]].to_numpy(float) for _, part in held.groupby("arm")]
+    draws = []
+    for _ in range(RESAMPLES):
+        rows = np.concatenate([group[rng.integers(len(group), size=len(group))] for group in groups])
+        draws.append(fit(rows[:, 0], rows[:, 1]))
+    return np.array(draws)

@@ -1,0 +1,112 @@
+"""How wide is the range in which each method works? Loss against the rate, and against each method's own knob.
+
+The origin rejected learning-rate warmup because it is sensitive to its hyper-parameters. Measured here: the learning
+rate over three decades for every method of :mod:`studies.comparison` (its tuning runs), and at each method's best rate
+its own knob: the length of the warmup and of the ramp, the clipping norm, theta, and adaptive's micro-batch.
+
+* S1: the share of a knob's values over its range whose ``final`` is within 10 % of the knob's best is larger for theta
+  than for the warmup's length.
+* S2: the same for the learning rate, adaptive against warmup and against the best fixed batch: mean regret over the
+  trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pandas as pd
+
+import adaptbatch as ab
+from studies import comparison
+from studies.arms import Arm, Warmup
+from studies.comparison import ADAPTIVE, METHODS, Network, choose, task, tuning
+from studies.runner import Run
+from studies.sweep import SHARED, Found, Options
+from studies.verdicts import tuning as tuning_table
+
+WITHIN = 1.10
+KNOBS: Mapping[str, tuple[str, tuple[float, ...], Callable[[Arm, float], Arm]]] = {
+    "theta": (
+        ADAPTIVE,
+        (0.25, 0.5, 1.0, 2.0, 4.0),
+        lambda arm, value: replace(arm, rule=ab.RelativeStandardError(value)),
+    ),
+    "warmup length": (
+        "warmup",
+        (1e3, 4e3, 16e3, 64e3, 128e3),
+        lambda arm, value: replace(arm, schedule=Warmup(value)),
+    ),
+    "ramp length": (
+        "ramp",
+        (4e3, 16e3, 32e3, 64e3, 128e3),
+        lambda arm, value: replace(arm, rule=ab.Ramp(1, 16, value)),
+    ),
+    "clipping norm": ("clip", (0.1, 1.0, 10.0, 100.0, 1000.0), lambda arm, value: replace(arm, clip=value)),
+}
+MICRO_BATCHES = (32, 64, 128, 256)
+SEEDS: dict[str, tuple[int, ...]] = {"smoke": (0,), "laptop": (0, 1), "paper": tuple(range(10))}
+
+
+def plan(options: Options, found: Found) -> list[Run]:
+    """The comparison's tuning, and each knob at the rate that it chose."""
+    scale = comparison.SCALES[options.preset]
+    data = (options.data or (scale.home,))[0]
+    seeds = range(options.seeds) if options.seeds else SEEDS[options.preset]
+    networks: tuple[Network, ...] = ("noisy", "calm")
+    runs = []
+    for network in networks:
+        methods = {method.name: method for method in METHODS if network in method.networks}
+        for method in methods.values():
+            runs += list(tuning(method, network, data, scale))
+        for knob, (name, values, change) in KNOBS.items():
+            params = choose(methods[name], network, data, scale, found)
+            if params is None:
+                continue
+            arm = methods[name].arm(params)
+            for value in values:
+                labels = {"stage": "knob", "network": network, "data": data, "method": name, "knob": knob}
+                labels |= {"value": value}
+                changed = replace(change(arm, value), name=f"{name}, {knob} {value:g}")
+                runs += [_labelled(task(network, data, scale), changed, seed, labels) for seed in seeds]
+        params = choose(methods[ADAPTIVE], network, data, scale, found)
+        if params is not None:
+            for size in MICRO_BATCHES:
+                labels = {"stage": "knob", "network": network, "data": data, "method": ADAPTIVE, "knob": "micro-batch"}
+                labels |= {"value": float(size)}
+                arm = replace(methods[ADAPTIVE].arm(params), name=f"adaptive, micro-batch {size}")
+                sized = replace(task(network, data, scale), micro_batch=size)
+                runs += [_labelled(sized, arm, seed, labels) for seed in seeds]
+    return runs
+
+
+def _labelled(task_: comparison.Task, arm: Arm, seed: int, labels: Mapping[str, str | float]) -> Run:
+    return Run(SHARED, task_, arm, seed, tuple((labels | {"lr": arm.lr}).items()))
+
+
+def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Regret over the rates, and the width of every knob."""
+    found = {"rates": tuning_table(runs[runs["stage"] == "tune"])}
+    knobs = runs[runs["stage"] == "knob"]
+    if len(knobs):
+        found["knobs"] = widths(knobs)
+    return found
+
+
+def widths(knobs: pd.DataFrame) -> pd.DataFrame:
+    """Of each knob: its best value, the share of its values within 10 % of that, and what the worst one costs."""
+    rows = []
+    for (network, knob), part in knobs.groupby(["network", "knob"], sort=False):
+        means = part.groupby("value")["final"].mean()
+        rows.append(
+            {
+                "network": network,
+                "knob": knob,
+                "values": len(means),
+                "best value": means.idxmin(),
+                "best": means.min(),
+                "share within 10 %": float((means <= WITHIN * means.min()).mean()),
+                "worst / best": means.max() / means.min(),
+            }
+        )
+    return pd.DataFrame(rows)

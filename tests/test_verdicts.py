@@ -1,0 +1,174 @@
+"""From rows to verdicts: statistics against their definitions, claims that follow from made-up rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from studies import frontier, momentum, sensitivity, verdicts
+from studies.statistics import Interval, holm, iqm, ratio, share, to_target
+
+
+class TestStatistics:
+    def test_the_interquartile_mean_ignores_both_ends(self):
+        values = np.array([-1e9, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 1e9])
+        found = iqm([values[:4], values[4:]])
+        assert found.value == pytest.approx(np.mean([2.0, 3.0, 4.0, 5.0]))
+        assert found.low < found.value < found.high
+
+    def test_a_paired_ratio_is_the_t_interval_of_the_logs(self):
+        rng = np.random.default_rng(0)
+        theirs = rng.lognormal(size=8)
+        ours = theirs * rng.lognormal(0.3, 0.1, size=8)
+        found, p = ratio(ours, theirs)
+        logs = np.log(ours / theirs)
+        half = stats.t.ppf(0.975, 7) * logs.std(ddof=1) / math.sqrt(8)
+        assert (found.value, found.low, found.high) == pytest.approx(
+            tuple(math.exp(logs.mean() + x) for x in (0, -half, half))
+        )
+        assert p == pytest.approx(stats.ttest_rel(np.log(ours), np.log(theirs)).pvalue)
+
+    def test_coverage_of_the_ratio(self):
+        """95 % intervals of 400 made-up studies cover a true ratio of 1.2, within four standard errors."""
+        rng = np.random.default_rng(1)
+        pairs = [(1.2 * rng.lognormal(0, 0.2, 5), np.ones(5)) for _ in range(400)]
+        covered = np.mean([found.low < 1.2 < found.high for found, _ in (ratio(*pair) for pair in pairs)])
+        assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 400)
+
+    def test_a_target_that_is_not_reached_has_no_finite_ratio(self):
+        inf = math.inf
+        found, p = ratio(np.array([1.0, inf, inf]), np.array([1.0, 1.0, inf]))
+        assert (found.value, found.low, found.high) == (1.0, 1.0, inf)
+        assert p == 1.0
+        assert ratio(np.array([inf, inf]), np.array([1.0, 1.0]))[0].below(1.1) == "not supported"
+
+    def test_corrections_are_holms(self):
+        assert holm(pd.Series([0.01, 0.03, 0.02])).tolist() == pytest.approx([0.03, 0.04, 0.04])
+
+    def test_shares_and_verdicts(self):
+        found = share(0, 10)
+        assert (found.value, found.low) == (0.0, 0.0)
+        assert 0.2 < found.high < 0.35
+        assert Interval(0.9, 0.8, 1.0).below(1.1) == "supported"
+        assert Interval(1.2, 1.1, 1.3).below(1.1) == "not supported"
+        assert Interval(1.0, 0.8, 1.2).below(1.1) == "undecided"
+
+    def test_the_target_is_reached_by_the_mean_of_five(self):
+        losses = [10.0, 10.0, 10.0, 10.0, 5.0, 5.0, 5.0, 5.0, 5.0]
+        curve = pd.DataFrame({"validation_loss": losses, "examples_seen": np.arange(1.0, 10.0)})
+        curve = curve.assign(optimizer_step=2 * np.arange(9), wall_seconds=0.5)
+        assert to_target(curve, 6.0).to_dict() == {"examples": 8.0, "updates": 14.0, "seconds": 0.5}
+        assert to_target(curve, 1.0)["examples"] == math.inf
+
+
+def made_up(ends: dict[str, list[float]], stage: str = "final", data: str = "mnist", **more: object) -> pd.DataFrame:
+    """Rows of finished runs, one for each arm and seed."""
+    rows = [
+        {"stage": stage, "network": "calm", "data": data, "arm": arm, "method": arm, "seed": seed, "final": final}
+        | {"key": f"{stage} {data} {arm} {seed}", "lr": 1e-3, "trial": seed, "mean_batch": 100.0}
+        | {"diverged": False, "spikes": 0, "probe_spikes": 0, "auroc": 0.5, "auprc": 0.5}
+        | more
+        for arm, finals in ends.items()
+        for seed, final in enumerate(finals)
+    ]
+    return pd.DataFrame(rows)
+
+
+def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each run falls to twice its end at once, and to its end when it has seen as many examples as its end says."""
+    parts = []
+    for run in runs.itertuples():
+        seen = np.arange(1.0, 101.0)
+        losses = np.where(seen < run.final, 2 * run.final, run.final)
+        rows = {"key": run.key, "examples_seen": seen, "optimizer_step": seen, "wall_seconds": seen}
+        parts.append(pd.DataFrame(rows | {"validation_loss": losses}))
+    return pd.concat(parts, ignore_index=True)
+
+
+class TestComparison:
+    def claims(self, adaptive: list[float], control: list[float] | None = None) -> pd.DataFrame:
+        ends = {"fixed 64": [30.0, 30.4, 29.8], "fixed 1024": [45.0, 44.0, 46.0], "adaptive": adaptive}
+        runs = [made_up(ends), made_up({arm: finals[:2] for arm, finals in ends.items()}, stage="tune")]
+        runs.append(made_up(ends, stage="stress"))
+        if control is not None:
+            runs.append(made_up({"replay": control}, stage="control"))
+        table = pd.concat(runs, ignore_index=True)
+        return verdicts.tables(table, curves_of(table))["claims"].set_index(["claim", "where"])
+
+    @pytest.mark.parametrize(
+        ("adaptive", "verdict"),
+        [([30.1, 30.3, 30.0], "supported"), ([40.0, 41.0, 39.0], "not supported"), ([26.0, 31.0, 38.0], "undecided")],
+    )
+    def test_w1_follows_from_the_rows(self, adaptive, verdict):
+        table = self.claims(adaptive)
+        assert table.loc[("W1", "calm, mnist"), "verdict"] == verdict
+        assert table.loc[("W1", "all tasks"), "verdict"] == verdict
+
+    def test_w2_counts_the_trials(self):
+        row = self.claims([30.1, 30.3, 30.0]).loc[("W2", "calm, home")]
+        assert "at 0.50 of the trials" in row["what"]
+        assert row["verdict"] == "supported"
+
+    def test_w4_needs_a_control_that_is_worse(self):
+        same = self.claims([30.0, 30.2, 30.1], control=[30.1, 30.1, 30.1]).loc[("W4", "calm, mnist")]
+        assert same["verdict"] == "undecided"
+        worse = self.claims([30.0, 30.2, 30.1], control=[36.0, 36.1, 35.9]).loc[("W4", "calm, mnist")]
+        assert worse["verdict"] == "supported"
+
+    def test_w3_is_the_difference_of_shares(self):
+        few = self.claims([30.0, 30.0, 30.0]).loc[("W3", "noisy, stress rate")]
+        assert few["value"] == 0.0
+        assert few["verdict"] == "undecided"
+        low, high = verdicts._difference(np.array([True] * 40 + [False] * 60), np.array([False] * 100))
+        assert low < 0.4 < high
+        assert low > 0.29
+
+    def test_the_best_fixed_batch_is_one_of_the_fixed(self):
+        table = made_up({"fixed 64": [30.0], "fixed 128": [29.0], "adaptive": [1.0]})
+        assert verdicts.best_fixed(table) == "fixed 128"
+        assert verdicts.fixed_arms(table) == ["fixed 64", "fixed 128"]
+
+    def test_regret_is_of_the_whole_range(self):
+        runs = made_up({"fixed 64": [30.0, 60.0], "adaptive": [30.0, math.inf]}, stage="tune")
+        table = verdicts.tuning(runs).set_index("method")
+        assert table.loc["fixed 64", "regret"] == pytest.approx(1.5)
+        assert table.loc["adaptive", "regret"] == pytest.approx((1 + 4) / 2)
+
+
+class TestOtherStudies:
+    def test_the_frontier_of_made_up_runs_is_found(self):
+        """``S = 20 + 1000 / n``: the fixed batches lie on it, one that needs half the updates inside."""
+        parts, curves = [], []
+        for arm, n, updates in [*((f"fixed {n}", n, 20 + 1000 / n) for n in (10, 40, 160, 640)), ("better", 50, 25.0)]:
+            for seed in range(3):
+                run = made_up({arm: [10.0]}).assign(seed=seed, key=f"{arm} {seed}")
+                parts.append(run)
+                step = np.array([1.0, updates])
+                rows = {"key": f"{arm} {seed}", "optimizer_step": step, "examples_seen": n * step, "wall_seconds": 0.0}
+                curves.append(pd.DataFrame(rows | {"validation_loss": [99.0, -80.0]}))
+        found = frontier.tables(pd.concat(parts, ignore_index=True), pd.concat(curves, ignore_index=True))
+        fit, methods = found["fit"].iloc[0], found["methods"].set_index("arm")
+        assert (fit["S_min"], fit["E_min"]) == pytest.approx((20.0, 1000.0), rel=1e-3)
+        assert methods.loc["fixed 40", "q"] == pytest.approx(1.0, abs=0.01)
+        assert methods.loc["better", "q"] == pytest.approx((25 / 20 - 1) * (1250 / 1000 - 1), abs=0.01)
+
+    def test_momentum_is_judged_on_pairs(self):
+        rows = []
+        for method, has, effect in (("sgd", False, 1.0), ("momentum", True, 0.8)):
+            for batch, factor in ((64, 1.0), (1024, effect)):
+                run = made_up({f"{method}, {batch}": [30 * factor, 31 * factor, 32 * factor]}).assign(method=method)
+                rows += [run.assign(batch=batch, momentum=has), run.assign(batch=batch, momentum=has, stage="tune")]
+        table = momentum.tables(pd.concat(rows, ignore_index=True), pd.DataFrame())["claims"]
+        m1 = table[table["claim"] == "M1"].iloc[0]
+        assert m1["value"] == pytest.approx(0.8)
+        assert m1["verdict"] == "supported"
+
+    def test_the_width_of_a_knob_is_the_share_of_its_values_that_work(self):
+        finals = {1.0: 30.0, 2.0: 32.9, 3.0: 33.1, 4.0: 60.0}
+        knobs = pd.concat([made_up({"a": [final]}).assign(knob="k", value=value) for value, final in finals.items()])
+        row = sensitivity.widths(knobs).iloc[0]
+        assert (row["best value"], row["share within 10 %"], row["worst / best"]) == (1.0, 0.5, 2.0)
