@@ -66,9 +66,9 @@ def outcome(table: pd.DataFrame, budget: float, mean_input_loss: float) -> dict[
     whole = bool(seen.iloc[-1] >= budget and np.isfinite(table["loss"]).all())
     losses = probe["validation_loss"].where(np.isfinite(probe["validation_loss"]))
     later = losses[probe["examples_seen"] > SPIKE_SKIP * budget]
-    lost = (later > losses.iloc[0]) | (
-        later > np.maximum(DIVERGED_FACTOR * losses.cummin(), mean_input_loss)[later.index]
-    )
+    first = losses.iloc[0] if len(losses) else math.nan
+    bound = np.maximum(DIVERGED_FACTOR * losses.cummin(), mean_input_loss)[later.index]
+    lost = (later > first) | (later > bound)
     ending = losses[probe["examples_seen"] > (1 - LAST) * budget]
     trained = table[seen > (1 - LAST) * budget]
     return {

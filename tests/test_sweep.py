@@ -172,7 +172,7 @@ class TestReduce:
         assert not self.outcome(np.geomspace(6e3, 100, 40).tolist())["diverged"]
 
     def test_probe_spikes_against_the_definition(self):
-        losses = [10.0] * 30 + [13.1] + [10.0] * 5 + [12.9] + [math.nan] + [10.0] * 2
+        losses = [10.0] * 30 + [13.1] + [10.0] * 5 + [12.9] + [math.inf] + [10.0] * 2
         assert self.outcome(losses)["probe_spikes"] == 2
 
     def test_the_curve_keeps_the_mean_loss_between_evaluations(self):
@@ -225,7 +225,8 @@ class TestSweep:
         assert runs["final"].tolist() == pytest.approx(
             [curves[curves["key"] == key]["validation_loss"].iloc[-1] for key in runs["key"]], rel=1e-6
         )
-        assert studies.load("tiny", folder=tmp_path / "out").equals(runs)
+        loaded = studies.load("tiny", folder=tmp_path / "out")
+        pd.testing.assert_frame_equal(loaded[["key", "arm", "final"]], runs[["key", "arm", "final"]])
         rows = studies.load("tiny", folder=tmp_path / "out", curves=True)
         assert (
             rows["arm"].value_counts().to_dict()
