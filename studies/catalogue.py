@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from studies import comparison, depth, frontier, momentum, origin, sensitivity, verdicts
+from studies import comparison, depth, frontier, momentum, origin, sensitivity, study_figures, verdicts
 from studies.results import load
 from studies.sweep import Study
 
@@ -32,6 +32,7 @@ STUDIES = {
             "the origin's figures and table, and which choices make its instability appear",
             origin.plan,
             _from_runs(origin.tables),
+            figures=study_figures.origin,
             measure=origin.measure,
         ),
         Study(
@@ -39,20 +40,36 @@ STUDIES = {
             "adaptive against fixed batches, warmup, clipping and more, all tuned alike",
             comparison.plan,
             _from_runs(verdicts.tables),
+            figures=study_figures.comparison,
         ),
         Study(
             "sensitivity",
             "how wide the range is in which each method works",
             sensitivity.plan,
             _from_runs(sensitivity.tables),
+            figures=study_figures.sensitivity,
         ),
-        Study("momentum", "seven optimizers at a small and a large batch", momentum.plan, _from_runs(momentum.tables)),
-        Study("depth", "noise by depth and architecture, exactly", lambda *_: [], depth.tables, measure=depth.measure),
+        Study(
+            "momentum",
+            "seven optimizers at a small and a large batch",
+            momentum.plan,
+            _from_runs(momentum.tables),
+            figures=study_figures.momentum,
+        ),
+        Study(
+            "depth",
+            "noise by depth and architecture, exactly",
+            lambda *_: [],
+            depth.tables,
+            measure=depth.measure,
+            figures=study_figures.depth,
+        ),
         Study(
             "frontier",
             "updates against examples, and where each method lies",
             frontier.plan,
             _from_runs(frontier.tables),
+            figures=study_figures.frontier,
         ),
     )
 }
