@@ -57,7 +57,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "smoke": Scale(64, (0, 5), windows=10, seeds=1, depths=(6, 10), widths=(16, 8), data="digits"),
+    "smoke": Scale(64, (0, 5), windows=10, seeds=1, depths=(6, 10, 14), widths=(16, 8), data="digits"),
     "laptop": Scale(512, (0, 100, 1000), windows=50, seeds=3),
     "paper": Scale(4096, (0, 100, 1000, 10_000), windows=200, seeds=20, widths=(128, 32)),
 }
@@ -191,7 +191,25 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     table = read_table(folder / "noise.parquet")
     columns = ["loss", "noise_trace", "grad_sq_norm", "noise_scale"]
     means = table.groupby(["architecture", "updates", "depth"], sort=False)[columns].median().reset_index()
-    return {"noise_by_depth": means, "growth": growth(table)}
+    powers = growth(table)
+    return {"noise_by_depth": means, "growth": powers, "claims": claims(powers)}
+
+
+def claims(powers: pd.DataFrame) -> pd.DataFrame:
+    """The origin's explanation in two parts, for residual networks before training: D1 absolute, D2 relative noise.
+
+    Of a power of depth, on the interval: supported if it is above 0.25, not supported if it is below that.
+    """
+    rows = []
+    for claim, quantity, what in (
+        ("D1", "noise_trace", "skips make the absolute noise grow with depth"),
+        ("D2", "noise_scale", "skips make the relative noise grow with depth"),
+    ):
+        for own in powers[(powers["quantity"] == quantity) & (powers["updates"] == 0)].itertuples():
+            verdict = "supported" if own.low > 0.25 else "not supported" if own.high <= 0.25 else "undecided"
+            row = {"claim": claim, "what": f"{what}: power", "where": own.architecture, "value": own.power}
+            rows.append(row | {"low": own.low, "high": own.high, "verdict": verdict})
+    return pd.DataFrame(rows)
 
 
 def checks(table: pd.DataFrame) -> Iterator[float]:

@@ -107,7 +107,23 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
                 row |= {"updates": updates, "examples": used, "q": (updates / smallest - 1) * (used / examples - 1)}
                 row |= {"q low": np.quantile(q, 0.025), "q high": np.quantile(q, 0.975)}
             methods.append(row)
-    return {"fit": pd.DataFrame(fits), "methods": pd.DataFrame(methods)}
+    table = pd.DataFrame(methods)
+    return {"fit": pd.DataFrame(fits), "methods": table, "claims": claims(table)}
+
+
+def claims(methods: pd.DataFrame) -> pd.DataFrame:
+    """F1: adaptive is on the frontier, its ``q`` between 1/2 and 2; not supported if its interval leaves out 1."""
+    rows = []
+    for own in methods[methods["arm"] == comparison.ADAPTIVE].dropna(subset="q").itertuples():
+        low, high = methods.loc[own.Index, "q low"], methods.loc[own.Index, "q high"]
+        verdict = "not supported" if low > 1 or high < 1 else "supported" if low > 0.5 and high < 2 else "undecided"
+        row = {
+            "claim": "F1",
+            "what": "q of adaptive is 1: it lies on the fixed batches' frontier",
+            "where": own.network,
+        }
+        rows.append(row | {"value": own.q, "low": low, "high": high, "verdict": verdict})
+    return pd.DataFrame(rows, columns=["claim", "what", "where", "value", "low", "high", "verdict"])
 
 
 def _resampled(held: pd.DataFrame) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 import adaptbatch as ab
@@ -22,6 +23,7 @@ from studies import comparison
 from studies.arms import Arm, Warmup
 from studies.comparison import ADAPTIVE, METHODS, Network, choose, task, tuning
 from studies.runner import Run
+from studies.statistics import Interval, ratio
 from studies.sweep import SHARED, Found, Options
 from studies.verdicts import tuning as tuning_table
 
@@ -90,7 +92,46 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     knobs = runs[runs["stage"] == "knob"]
     if len(knobs):
         found["knobs"] = widths(knobs)
+    found["claims"] = claims(runs)
     return found
+
+
+def claims(runs: pd.DataFrame) -> pd.DataFrame:
+    """S1 over the seeds (its bounds are their extremes), S2 over the rates that all methods were tried at."""
+    rows = []
+    # Before the knobs have run there is no such column.
+    runs = runs.reindex(columns=[*runs.columns, *({"knob", "value"} - set(runs))])
+    for network, part in runs.groupby("network", sort=False):
+        knobs = part[(part["stage"] == "knob") & part["knob"].isin(["theta", "warmup length"])]
+        if knobs["knob"].nunique() == 2:
+            shares = [_shares(own) for _, own in knobs.groupby("seed")]
+            found = Interval(float(np.mean(shares)), min(shares), max(shares))
+            what = "share of values within 10 %, warmup length less theta, is below 0"
+            rows.append(_claim("S1", what, network, found, found.below(0.0)))
+        tried = part[part["stage"] == "tune"]
+        tune = tried.pivot_table(index="trial", columns="method", values="final", dropna=False)
+        tune = tune.clip(upper=4 * tune.min().min())
+        fixed = min((name for name in tune if name.startswith("fixed ")), key=lambda name: tune[name].min())
+        for other in ("warmup", fixed):
+            found, _ = ratio(tune[ADAPTIVE].to_numpy(), tune[other].to_numpy())
+            what = (
+                f"loss over the rates, adaptive / {other} (the best fixed batch)"
+                if other == fixed
+                else (f"loss over the rates, adaptive / {other}")
+            )
+            rows.append(_claim("S2", f"{what}, is below 1", network, found, found.below(1.0)))
+    return pd.DataFrame(rows)
+
+
+def _shares(own: pd.DataFrame) -> float:
+    """Share of the warmup's lengths that work less that of theta's values, on one seed."""
+    table = widths(own).set_index("knob")["share within 10 %"]
+    return float(table["warmup length"] - table["theta"])
+
+
+def _claim(claim: str, what: str, where: object, found: Interval, verdict: str) -> dict[str, object]:
+    bounds = {"value": found.value, "low": found.low, "high": found.high}
+    return {"claim": claim, "what": what, "where": where, **bounds, "verdict": verdict}
 
 
 def widths(knobs: pd.DataFrame) -> pd.DataFrame:

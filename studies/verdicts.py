@@ -23,6 +23,7 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
         times = targets(reported, curves)
         found["arms"] = arms(times)
         found["claims"] = claims(times, runs)
+        found["together"] = together(times)
     stressed = runs[runs["stage"] == "stress"]
     if len(stressed):
         found["stress"] = stress(stressed)
@@ -117,6 +118,23 @@ def arms(runs: pd.DataFrame) -> pd.DataFrame:
             )
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p"]))
+
+
+def together(runs: pd.DataFrame) -> pd.DataFrame:
+    """Arms that ran on several tasks: interquartile mean over tasks and seeds of ``final / best fixed``.
+
+    Normalised by the task's best fixed batch (its median over seeds); the bootstrap resamples seeds within tasks.
+    """
+    tasks = [part for _, part in runs.groupby(["network", "data"], sort=False)]
+    rows = []
+    for arm in runs["arm"].unique():
+        strata = []
+        for part in tasks:
+            reference = part.loc[part["arm"] == best_fixed(part), "final"].median()
+            strata.append((part.loc[part["arm"] == arm, "final"] / reference).to_numpy(float))
+        if len(strata) > 1 and all(len(stratum) for stratum in strata):
+            rows.append({"arm": arm, "tasks": len(strata), **_named("of best fixed", iqm(strata))})
+    return pd.DataFrame(rows)
 
 
 def _named(name: str, interval: Interval) -> dict[str, float]:

@@ -350,6 +350,74 @@ class TestPlans:
         assert set(origin.ORIGIN) < set(rows)
 
 
+class TestFigures:
+    def test_every_study_draws_from_its_folder(self, tmp_path, monkeypatch):
+        """The smallest preset of every study, run, reported and drawn."""
+        small = replace(comparison.SCALES["smoke"], examples=640)
+        monkeypatch.setitem(comparison.SCALES, "smoke", small)
+        monkeypatch.setattr(origin, "choices", lambda name, scale: iter(()))
+        for name, study in STUDIES.items():
+            if name in ("comparison", "frontier", "sensitivity", "momentum"):
+                continue
+            carry_out(study, Options("smoke"), Where(2), tmp_path, tmp_path / "store")
+            folder = tmp_path / name
+            for title, table in study.tables(folder).items():
+                assert len(table) or title in ("growth", "claims")
+            study.figures(folder)
+            pictures = sorted(path.suffix for path in folder.glob("*.p[nd][gf]"))
+            assert pictures[:1] == [".pdf"]
+            assert all(path.stat().st_size > 5_000 for path in folder.glob("*.p[nd][gf]"))
+
+    @pytest.mark.parametrize("name", ["comparison", "sensitivity", "frontier", "momentum"])
+    def test_the_studies_of_many_arms_draw_from_their_rows(self, name, tmp_path):
+        runs, curves = _many_arms()
+        study = STUDIES[name]
+        sweep.write(runs, curves, tmp_path / name)
+        for title, table in study.tables(tmp_path / name).items():
+            write_atomically(table, tmp_path / name / f"{title}.parquet")
+        study.figures(tmp_path / name)
+        assert (tmp_path / name / "figure.png").stat().st_size > 10_000
+        assert (tmp_path / name / "figure.pdf").read_bytes() == _drawn_again(study, tmp_path / name)
+
+
+def _drawn_again(study: Study, folder: Path) -> bytes:
+    study.figures(folder)
+    return (folder / "figure.pdf").read_bytes()
+
+
+def _many_arms() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows as the studies have them, of made-up runs."""
+    rng, rows, curves = np.random.default_rng(0), [], []
+    arms = {"fixed 64": 64, "fixed 256": 256, "fixed 1024": 1024, "adaptive": 128, "warmup": 64, "replay": 128}
+    for network in ("noisy", "calm"):
+        for stage, data_, seeds in (
+            ("tune", "mnist", 3),
+            ("final", "mnist", 3),
+            ("away", "shuttle", 3),
+            ("knob", "mnist", 2),
+        ):
+            for arm, n in arms.items():
+                for seed in range(seeds):
+                    key, final = f"{network} {stage} {arm} {seed}", 30.0 + n / 50 + rng.uniform()
+                    row = {"key": key, "network": network, "stage": stage, "data": data_, "arm": arm, "seed": seed}
+                    row |= {
+                        "method": arm,
+                        "trial": seed,
+                        "lr": 10.0 ** (seed - 4),
+                        "final": final,
+                        "diverged": n == 256,
+                    }
+                    row |= {"spikes": 1, "probe_spikes": 0, "mean_batch": n, "auroc": 0.5, "auprc": 0.5, "batch": n}
+                    row |= {"momentum": arm == "warmup"}
+                    row |= {"knob": "theta" if n > 100 else "warmup length", "value": float(n)} if stage == "knob" else {}
+                    rows.append(row)
+                    step = np.arange(1.0, 51.0)
+                    losses = 25 + (final - 25) * np.exp(3 - 3 * step / 50)
+                    curve = {"key": key, "optimizer_step": step, "examples_seen": n * step, "wall_seconds": step}
+                    curves.append(pd.DataFrame(curve | {"validation_loss": losses}))
+    return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
+
+
 class TestDepth:
     def test_moments_by_vmap_equal_those_one_by_one(self):
         small, images = network_and_examples()
@@ -373,6 +441,13 @@ class TestDepth:
         ]
         table = depth.growth(pd.DataFrame(rows)).set_index("quantity")
         assert table["power"].to_dict() == pytest.approx({"noise_trace": 2.0, "grad_sq_norm": 1.0, "noise_scale": 1.0})
+
+    def test_its_claims_follow_from_the_powers(self):
+        rows = [
+            {"architecture": "residual", "updates": 0, "quantity": name, "power": power, "low": low, "high": high}
+            for name, power, low, high in (("noise_trace", 5.0, 4.0, 6.0), ("noise_scale", 0.1, 0.0, 0.2))
+        ]
+        assert depth.claims(pd.DataFrame(rows))["verdict"].tolist() == ["supported", "not supported"]
 
     def test_the_estimates_agree_with_the_exact_moments(self):
         table = depth.run(Options("smoke"), workers=1)

@@ -138,6 +138,14 @@ class TestComparison:
         assert table.loc["fixed 64", "regret"] == pytest.approx(1.5)
         assert table.loc["adaptive", "regret"] == pytest.approx((1 + 4) / 2)
 
+    def test_together_is_normalised_within_a_task(self):
+        ends = {"fixed 64": [30.0] * 4, "adaptive": [33.0] * 4}
+        other = {"fixed 64": [0.9] * 4, "adaptive": [0.99] * 4}
+        runs = pd.concat([made_up(ends), made_up(other, stage="away", data="shuttle")], ignore_index=True)
+        table = verdicts.together(runs).set_index("arm")
+        assert table.loc["adaptive", "of best fixed"] == pytest.approx(1.1)
+        assert table.loc["adaptive", "tasks"] == 2
+
 
 class TestOtherStudies:
     def test_the_frontier_of_made_up_runs_is_found(self):
@@ -155,6 +163,29 @@ class TestOtherStudies:
         assert (fit["S_min"], fit["E_min"]) == pytest.approx((20.0, 1000.0), rel=1e-3)
         assert methods.loc["fixed 40", "q"] == pytest.approx(1.0, abs=0.01)
         assert methods.loc["better", "q"] == pytest.approx((25 / 20 - 1) * (1250 / 1000 - 1), abs=0.01)
+
+    @pytest.mark.parametrize(
+        ("low", "high", "verdict"),
+        [(0.8, 1.3, "supported"), (1.1, 1.3, "not supported"), (0.1, 4.0, "undecided")],
+    )
+    def test_the_frontiers_claim_follows_from_the_interval(self, low, high, verdict):
+        row = {"network": "calm", "arm": "adaptive", "q": 1.2, "q low": low, "q high": high}
+        assert frontier.claims(pd.DataFrame([row]))["verdict"].tolist() == [verdict]
+
+    def test_sensitivity_compares_rate_by_rate_and_value_by_value(self):
+        rates = {"fixed 64": [30.0, 40.0, 50.0], "adaptive": [27.0, 36.0, 45.0], "warmup": [33.0, 44.0, 55.0]}
+        knobs = {"theta": [30.0, 30.0, 31.0, 32.0], "warmup length": [30.0, 30.0, 60.0, 60.0]}
+        parts = [made_up(rates, stage="tune").assign(seed=1000)]
+        for knob, finals in knobs.items():
+            for value, final in enumerate(finals):
+                for seed in range(2):
+                    row = made_up({"a": [final]}, stage="knob").assign(knob=knob, value=float(value), seed=seed)
+                    parts.append(row)
+        table = sensitivity.claims(pd.concat(parts, ignore_index=True))
+        s1, s2, s2_fixed = (row for _, row in table.iterrows())
+        assert (s1["value"], s1["verdict"]) == (-0.5, "supported")
+        assert s2["value"] == pytest.approx(27 / 33)
+        assert (s2_fixed["value"], s2_fixed["verdict"]) == (pytest.approx(0.9), "supported")
 
     def test_momentum_is_judged_on_pairs(self):
         rows = []
