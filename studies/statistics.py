@@ -133,7 +133,7 @@ def to_target(curve: pd.DataFrame, target: float) -> pd.Series:
 
     Example:
         >>> rows = pd.DataFrame({"validation_loss": [9.0, 5.0, 1.0], "examples_seen": [1.0, 2.0, 3.0]})
-        >>> to_target(rows.assign(optimizer_step=rows.index, wall_seconds=0.0), 5.0)["examples"]
+        >>> float(to_target(rows.assign(optimizer_step=rows.index, wall_seconds=0.0), 5.0)["examples"])
         3.0
     """
     names = {"examples_seen": "examples", "optimizer_step": "updates", "wall_seconds": "seconds"}

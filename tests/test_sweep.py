@@ -409,7 +409,8 @@ def _many_arms() -> tuple[pd.DataFrame, pd.DataFrame]:
                     }
                     row |= {"spikes": 1, "probe_spikes": 0, "mean_batch": n, "auroc": 0.5, "auprc": 0.5, "batch": n}
                     row |= {"momentum": arm == "warmup"}
-                    row |= {"knob": "theta" if n > 100 else "warmup length", "value": float(n)} if stage == "knob" else {}
+                    if stage == "knob":
+                        row |= {"knob": "theta" if n > 100 else "warmup length", "value": float(n)}
                     rows.append(row)
                     step = np.arange(1.0, 51.0)
                     losses = 25 + (final - 25) * np.exp(3 - 3 * step / 50)
