@@ -20,7 +20,7 @@ from studies.runner import RUNS, provenance, run_all
 from studies.sweep import Cluster, Preset, Study
 
 Data = Literal["mnist", "fashion", "shuttle", "digits"]
-Name = Literal["origin", "comparison", "sensitivity", "momentum", "depth", "frontier"]
+Name = Literal["origin", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable"]
 
 app = tyro.extras.SubcommandApp()
 
@@ -203,6 +203,9 @@ def status(
 
     found = Found(store, committed())
     runs = _study(name).plan(Options(preset, seeds, data), found)
+    if not runs:
+        print(f"{name} trains nothing of its own: `python -m studies run {name}` measures it in one go.")
+        return
     rows = pd.DataFrame({"stage": dict(run.labels)["stage"], "finished": run in found} for run in runs)
     table = rows.groupby("stage", sort=False)["finished"].agg(finished="sum", known="size").reset_index()
     print(table.to_string(index=False))

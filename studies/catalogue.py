@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from studies import comparison, depth, frontier, momentum, origin, sensitivity, study_figures, verdicts
+from studies import comparison, depth, favourable, frontier, momentum, origin, sensitivity, study_figures, verdicts
 from studies.results import load
 from studies.sweep import Study
 
@@ -70,6 +70,13 @@ STUDIES = {
             frontier.plan,
             _from_runs(frontier.tables),
             figures=study_figures.frontier,
+        ),
+        Study(
+            "favourable",
+            "where theory says that adapting should pay: a growing noise scale, updates that cost",
+            favourable.plan,
+            _from_runs(favourable.tables),
+            figures=study_figures.favourable,
         ),
     )
 }

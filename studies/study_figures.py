@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from studies import favourable as favourable_study
 from studies.figures import STYLE
 from studies.results import load, read_table
 
@@ -42,6 +43,8 @@ def kind(arm: str) -> str:
     if arm in CONTROLS:
         return "control"
     first = arm.split()[0].rstrip(",")
+    if first == "pareto":
+        return "adaptive"
     return first if first in KINDS else "other"
 
 
@@ -239,6 +242,42 @@ def frontier(folder: Path) -> None:
             axes.set_title(f"{fit.network}: to a loss of {fit.target:.1f}")
             axes.set_xlabel("updates")
         grid[0, 0].set_ylabel("examples")
+        save(figure, folder, "figure")
+
+
+def favourable(folder: Path) -> None:
+    """What each arm paid to the target, seed by seed, and the batches beside the noise scale."""
+    costs, runs = read_table(folder / "costs.parquet"), load(folder.name, folder=folder.parent)
+    curves = load(folder.name, curves=True, folder=folder.parent)
+    spent = favourable_study.cost_to_target(runs[runs["stage"] == "final"], curves)
+    order = costs.sort_values("cost", ascending=False)["arm"].tolist()
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 3.6), layout="constrained")
+        for height, arm in enumerate(order):
+            colour, marker = KINDS[kind(arm)]
+            own = spent.loc[spent["arm"] == arm, "cost"]
+            held = own[np.isfinite(own)] / 1e6
+            left.plot(held, [height] * len(held), marker, color=colour, markersize=4, alpha=0.6, linestyle="none")
+            if len(held) < len(own):
+                left.annotate(f"{len(own) - len(held)} of {len(own)} never", (0.99, height), fontsize=7, ha="right",
+                              va="center", xycoords=("axes fraction", "data"))  # fmt: skip
+        left.set_yticks(range(len(order)), order)
+        left.set_ylim(-0.6, len(order) - 0.4)
+        left.set_xlabel(f"examples + {favourable_study.PRICE:,.0f} x updates to the target (millions)")
+        best = str(costs.loc[costs["best fixed"], "arm"].iloc[0])
+        for arm in (best, "pareto"):
+            part = curves[(curves["arm"] == arm) & (curves["stage"] == "final")]
+            for index, (_, own) in enumerate(part.groupby("seed")):
+                colour, label = KINDS[kind(arm)][0], f"batch, {arm}" if index == 0 else None
+                inner = own.iloc[:-1]  # the last window is a partial one
+                right.plot(inner["examples_seen"], inner["global_batch"], color=colour, linewidth=1.4, label=label)
+                if arm == "pareto":
+                    name = "noise scale B" if index == 0 else None
+                    right.plot(own["examples_seen"], own["noise_scale"], ":", color="#D55E00", linewidth=1, label=name)
+        right.set_yscale("log")
+        right.set_xlabel("examples")
+        right.set_ylabel("examples")
+        right.legend(fontsize=7)
         save(figure, folder, "figure")
 
 

@@ -357,7 +357,7 @@ class TestFigures:
         monkeypatch.setitem(comparison.SCALES, "smoke", small)
         monkeypatch.setattr(origin, "choices", lambda name, scale: iter(()))
         for name, study in STUDIES.items():
-            if name in ("comparison", "frontier", "sensitivity", "momentum"):
+            if name in ("comparison", "frontier", "favourable", "sensitivity", "momentum"):
                 continue
             carry_out(study, Options("smoke"), Where(2), tmp_path, tmp_path / "store")
             folder = tmp_path / name
@@ -368,7 +368,7 @@ class TestFigures:
             assert pictures[:1] == [".pdf"]
             assert all(path.stat().st_size > 5_000 for path in folder.glob("*.p[nd][gf]"))
 
-    @pytest.mark.parametrize("name", ["comparison", "sensitivity", "frontier", "momentum"])
+    @pytest.mark.parametrize("name", ["comparison", "sensitivity", "frontier", "favourable", "momentum"])
     def test_the_studies_of_many_arms_draw_from_their_rows(self, name, tmp_path):
         runs, curves = _many_arms()
         study = STUDIES[name]
@@ -389,6 +389,7 @@ def _many_arms() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows as the studies have them, of made-up runs."""
     rng, rows, curves = np.random.default_rng(0), [], []
     arms = {"fixed 64": 64, "fixed 256": 256, "fixed 1024": 1024, "adaptive": 128, "warmup": 64, "replay": 128}
+    arms |= {"pareto": 192}
     for network in ("noisy", "calm"):
         for stage, data_, seeds in (
             ("tune", "mnist", 3),
@@ -414,7 +415,14 @@ def _many_arms() -> tuple[pd.DataFrame, pd.DataFrame]:
                     rows.append(row)
                     step = np.arange(1.0, 51.0)
                     losses = 25 + (final - 25) * np.exp(3 - 3 * step / 50)
-                    curve = {"key": key, "optimizer_step": step, "examples_seen": n * step, "wall_seconds": step}
+                    curve = {
+                        "key": key,
+                        "global_batch": n,
+                        "noise_scale": step,
+                        "optimizer_step": step,
+                        "examples_seen": n * step,
+                        "wall_seconds": step,
+                    }
                     curves.append(pd.DataFrame(curve | {"validation_loss": losses}))
     return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
 

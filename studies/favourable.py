@@ -1,0 +1,134 @@
+"""Where theory says that adapting should pay: a noise scale that grows many times over, and updates that cost.
+
+On one device an example is all that costs, and small batches win. Where an update costs as much as ``price`` examples
+beside its own (ranks that wait for each other), a run costs ``examples + price * updates``, and in the model of
+McCandlish et al. 2018 (arXiv:1812.06162) the rule that spends least follows ``n = sqrt(price B)``. Measured here on the
+calm network of :mod:`studies.comparison`, whose noise scale grows more than tenfold, with that rule
+(:class:`adaptbatch.Pareto`), its learning rate constant or with the root of the batch, each tuned with the same trials
+as the fixed batches.
+
+The same model bounds what can be gained. Over the progress ``s`` with ``ds = dt / (1 + B / n)`` the best rule costs the
+mean of ``B + price + 2 sqrt(price B)``, the best fixed batch ``mean B + price + 2 sqrt(price mean B)``: their ratio is
+reported beside the measured one.
+
+Pre-registered, before any run of the new arms:
+
+* Target: 1.10 times the median ``final`` of the best fixed batch; cost to target: infinite if there is none.
+* F2: the cost to target of ``pareto`` or of ``pareto, sqrt rate`` over that of the fixed batch with the lowest median
+  cost, seed by seed, is below 1.
+* F3: the same is below 1.05, at the trials of one method in place of those of a sweep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+import adaptbatch as ab
+from studies import comparison
+from studies.arms import Arm
+from studies.comparison import MICRO_BATCH, Method, choose, tuning
+from studies.runner import Run
+from studies.statistics import Interval, ratio, to_target
+from studies.sweep import Found, Options
+from studies.verdicts import best_fixed, fixed_arms
+
+NETWORK: comparison.Network = "calm"
+PRICE = 1024.0
+SLACK = 1.10
+RULE = ab.Pareto(PRICE)
+METHODS = (
+    Method("pareto", lambda p: Arm("", RULE, p["lr"])),
+    Method("pareto, sqrt rate", lambda p: Arm("", RULE, p["lr"], coupling=ab.LearningRate("sqrt", 4 * MICRO_BATCH))),
+)
+
+
+def plan(options: Options, found: Found) -> list[Run]:
+    """The comparison's fixed batches and adaptive arm on the calm network, and two more methods, tuned alike."""
+    scale = comparison.SCALES[options.preset]
+    data = (options.data or (scale.home,))[0]
+    runs = [run for run in comparison.plan(replace(options, data=(data,)), found) if _wanted(run)]
+    for method in METHODS:
+        runs += list(tuning(method, NETWORK, data, scale))
+        params = choose(method, NETWORK, data, scale, found)
+        if params is not None:
+            arm, seeds = method.arm(params), range(options.seeds or scale.seeds)
+            runs += [comparison.labelled("final", NETWORK, data, scale, arm, seed, method.name) for seed in seeds]
+    return runs
+
+
+def _wanted(run: Run) -> bool:
+    labels = dict(run.labels)
+    method = str(labels["method"])
+    shared = method.startswith("fixed ") or method == comparison.ADAPTIVE
+    return labels["stage"] in ("tune", "final") and labels["network"] == NETWORK and shared
+
+
+def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """What every arm paid to the target, and the claims."""
+    costs = cost_to_target(runs[runs["stage"] == "final"], curves)
+    fixed = costs[costs["arm"].isin(fixed_arms(costs))]
+    best = str(fixed.groupby("arm")["cost"].median().idxmin())
+    first = fixed[fixed["arm"] == best].iloc[0]
+    bound = attainable(curves[(curves["key"] == first["key"]) & (curves["examples_seen"] <= first["examples"])])
+    reference = costs[costs["arm"] == best].set_index("seed")["cost"]
+    rows = []
+    for arm, own in costs.groupby("arm", sort=False):
+        mine = own.set_index("seed")["cost"]
+        seeds = mine.index.intersection(reference.index)
+        found, p = ratio(mine[seeds].to_numpy(float), reference[seeds].to_numpy(float))
+        row = {"arm": arm, "seeds": len(own), "reached": float(np.isfinite(own["cost"]).mean())}
+        row |= {name: own[name].median() for name in ("cost", "examples", "updates")}
+        row |= {"of best fixed": found.value, "of best fixed low": found.low, "of best fixed high": found.high, "p": p}
+        rows.append(
+            row | {"mean n": own["mean_batch"].mean(), "final": own["final"].median(), "best fixed": arm == best}
+        )
+    table = pd.DataFrame(rows)
+    return {"costs": table.assign(attainable=bound), "claims": claims(table, runs)}
+
+
+def cost_to_target(final: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """``examples``, ``updates`` and ``cost`` of each run to the target; infinite if it never was there."""
+    by_key = dict(tuple(curves.groupby("key", sort=False)))
+    target = SLACK * final.loc[final["arm"] == best_fixed(final), "final"].median()
+    spent = pd.DataFrame([to_target(by_key[key], target) for key in final["key"]], index=final.index)
+    spent["cost"] = spent["examples"] + PRICE * spent["updates"]
+    return final.join(spent[["examples", "updates", "cost"]])
+
+
+def attainable(curve: pd.DataFrame) -> float:
+    """Cost of the best rule over that of the best fixed batch, in the model, for the noise scale along ``curve``.
+
+    Example:
+        >>> rows = pd.DataFrame({"optimizer_step": [1.0, 2.0, 3.0], "noise_scale": 9.0, "global_batch": 9.0})
+        >>> attainable(rows)
+        1.0
+    """
+    known = curve[np.isfinite(curve["noise_scale"]) & (curve["noise_scale"] > 0)]
+    steps = np.gradient(known["optimizer_step"].to_numpy(float))
+    scale = known["noise_scale"].to_numpy(float)
+    progress = steps / (1 + scale / known["global_batch"].to_numpy(float))
+    mean, root = np.average(scale, weights=progress), np.average(np.sqrt(scale), weights=progress)
+    best, fixed = (mean + PRICE + 2 * np.sqrt(PRICE) * part for part in (root, np.sqrt(mean)))
+    return float(best / fixed)
+
+
+def claims(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """F2 and F3 for both ways to set the learning rate."""
+    trials = runs[runs["stage"] == "tune"].groupby("arm").size()
+    swept = int(trials[trials.index.str.startswith("fixed ")].sum())
+    rows = []
+    for method in METHODS:
+        for own in table[table["arm"] == method.name].to_dict("records"):
+            found = Interval(*(own[f"of best fixed{end}"] for end in ("", " low", " high")))
+            what = f"cost to target, {method.name} / best fixed"
+            share = trials.get(method.name, 0) / swept if swept else float("nan")
+            for claim, said, bound in (
+                ("F2", f"{what}, is below 1", 1.0),
+                ("F3", f"{what}, at {share:.2f} of the trials, is below 1.05", 1.05),
+            ):
+                row = {"claim": claim, "what": said, "where": NETWORK, "value": found.value}
+                rows.append(row | {"low": found.low, "high": found.high, "verdict": found.below(bound)})
+    return pd.DataFrame(rows, columns=["claim", "what", "where", "value", "low", "high", "verdict"])
