@@ -8,6 +8,7 @@ from adaptbatch.controller import BatchController
 from adaptbatch.history import History
 from adaptbatch.learning_rate import LearningRate
 from adaptbatch.noise import NoiseTracker
+from adaptbatch.page import report
 from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Response, Tail
 from adaptbatch.rules import (
     CABS,
@@ -70,4 +71,5 @@ __all__ = [
     "WandbLogger",
     "decide",
     "noise",
+    "report",
 ]

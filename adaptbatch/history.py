@@ -16,6 +16,7 @@ from adaptbatch.watch import Logger
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 COLUMNS: dict[str, str] = {
     "optimizer_step": "int64",
@@ -195,6 +196,42 @@ class History:
     def to_parquet(self, path: str | Path) -> None:
         """Write all rows to one Parquet file (needs the ``parquet`` extra)."""
         self.to_pandas().to_parquet(path, index=False)
+
+    def to_html(self, path: str | Path, *, title: str = "adaptbatch") -> Path:
+        """Write one self-contained page about this run, see :func:`adaptbatch.report` (needs the ``report`` extra)."""
+        from adaptbatch.page import report
+
+        return report(self, path, title=title)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the batch and the noise scale with its interval over the examples seen (needs the ``plot`` extra).
+
+        Args:
+            ax: Where to draw; None: a figure of its own.
+
+        Returns:
+            The matplotlib axes, both logarithmic in examples; an interval without an upper end reaches the top.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            ValueError: If there is no window yet.
+
+        Example:
+            >>> history = History()
+            >>> row = dict.fromkeys(COLUMNS, 1) | {"reason": "hold"}
+            >>> for step in (1, 2, 3):
+            ...     history.append(row | {"examples_seen": 64.0 * step, "optimizer_step": step})
+            >>> history.plot().get_xlabel()
+            'examples seen'
+        """
+        from adaptbatch.drawing import draw_history
+
+        return draw_history(self.to_pandas(), ax)
+
+    def _repr_html_(self) -> str:
+        from adaptbatch.page import notebook
+
+        return notebook(self.to_pandas())
 
 
 def decision_row(loop: Loop, evidence: Evidence, decision: Decision, batch: float) -> dict[str, Any]:

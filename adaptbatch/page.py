@@ -1,0 +1,483 @@
+"""One HTML page that shows runs: loss, batch, noise scale, reasons, decisions. Works offline. No torch.
+
+Everything that the page needs stands in it, plotly's script included; nothing is requested when it is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Collection, Iterator, Mapping
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from adaptbatch.history import History
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+NEEDED = ("examples_seen", "accumulation_steps", "global_batch", "reason", "loss", "noise_scale")
+# Of a longer run the smallest and the largest value of as many equal parts are drawn.
+PARTS = 600
+# Slices of the ribbon; each shows the most frequent reason within it.
+SLICES = 300
+# Letters of a name in the plot.
+NAME = 32
+# Rows of the table of decisions.
+MOVES = 3000
+# Okabe and Ito's colours, told apart in grey by lightness and dash.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "solid", "dash", "dot")
+REASONS: Mapping[str, str] = {
+    "hold": "#DDDDDD",
+    "undecided": "#BBBBBB",
+    "grow": "#D55E00",
+    "growth_limited": "#E69F00",
+    "shrink": "#0072B2",
+    "at_min": "#56B4E9",
+    "at_max": "#882255",
+    "signal_lost": "#F0E442",
+    "noise_floor": "#CC79A7",
+    "nonfinite": "#000000",
+    "guard": "#009E73",
+}
+
+Source = History | pd.DataFrame | str | PathLike[str]
+
+
+def report(
+    runs: Source | Mapping[str, Source],
+    path: str | PathLike[str],
+    *,
+    title: str = "adaptbatch",
+    about: str = "",
+    shown: Collection[str] | None = None,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+    pictures: Mapping[str, str | PathLike[str]] | None = None,
+) -> Path:
+    """Write one self-contained page about one or more runs.
+
+    It shows, over the examples seen: the loss, the accumulation steps, the noise scale with its interval beside the
+    batch, and which reason decided. Below, every move of the batch in a table that can be filtered. Long runs are
+    thinned for drawing: of each of 600 parts the smallest and the largest value stay.
+
+    Args:
+        runs: A history, its DataFrame, the place of its Parquet file, or a mapping from names to any of these. Of a
+            DataFrame the columns ``examples_seen``, ``accumulation_steps``, ``global_batch``, ``reason``, ``loss`` and
+            ``noise_scale`` are needed.
+        path: Of the page.
+        title: Its heading.
+        about: A sentence under it.
+        shown: Names of the runs that are drawn at first, the others at a click; None: all.
+        tables: More tables by their titles, as the claims of a study.
+        pictures: PNG or SVG files by their captions; they are put into the page.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        ModuleNotFoundError: If plotly is not installed.
+        TypeError: If a run is none of these.
+        ValueError: If there is no run, or one has no row or lacks a column.
+
+    Example:
+        >>> import tempfile
+        >>> rows = {"examples_seen": [64.0, 128.0], "accumulation_steps": [2, 2], "global_batch": [64.0, 64.0]}
+        >>> rows |= {"reason": ["undecided", "grow"], "loss": [2.0, 1.5], "noise_scale": [float("nan"), 90.0]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page = report(pd.DataFrame(rows), folder + "/run.html", title="A run")
+        ...     text = page.read_text()
+        >>> "A run" in text, "<script src=" in text
+        (True, False)
+    """
+    frames = _frames(runs)
+    _check_shown(shown, frames)
+    plotly = _plotly()
+    short = _short(frames)
+    figure = draw({short[name]: frame for name, frame in frames.items()}, shown and {short[name] for name in shown})
+    plot = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        include_mathjax=False,
+        div_id="plot",
+        config={
+            "displaylogo": False,
+            "responsive": True,
+            "typesetMath": False,
+            "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+        },
+    )
+    rows, moves = decisions(frames)
+    text = _template().render(
+        title=title,
+        about=about,
+        plotlyjs=plotly.offline.get_plotlyjs(),
+        plot=plot,
+        summary=_cells(pd.DataFrame(summary_row(frame) | {"run": name} for name, frame in frames.items()), first="run"),
+        decisions=_cells(rows, first="run"),
+        windows=f"{sum(map(len, frames.values())):,}",
+        moves=f"{moves:,}",
+        cut=moves > len(rows),
+        thinned=any(len(frame) > 2 * PARTS for frame in frames.values()),
+        names=list(frames),
+        reasons=sorted(rows["reason"].unique()),
+        tables={name: _cells(table) for name, table in (tables or {}).items()},
+        pictures={caption: _data_uri(Path(place)) for caption, place in (pictures or {}).items()},
+    )
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text, encoding="utf-8")
+    return place
+
+
+# What a notebook shows of each window.
+SHORT = ("optimizer_step", "examples_seen", "accumulation_steps", "global_batch", "reason", "loss", "noise_scale")
+
+
+def notebook(frame: pd.DataFrame) -> str:
+    """A history in a notebook: its summary, its first and its last windows."""
+    if frame.empty:
+        return "<p>History of no window yet</p>"
+    columns = [*SHORT, "relative_error"]
+    ends = frame[columns] if len(frame) <= 10 else pd.concat([frame[columns].head(5), frame[columns].tail(5)])
+    text = (
+        "{% macro grid(table) %}<table><thead><tr>{% for name, _ in table.columns %}<th>{{ name }}</th>{% endfor %}"
+        "</tr></thead><tbody>{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>"
+        '{% endfor %}</tbody></table>{% endmacro %}<div style="overflow-x: auto">{{ grid(summary) }}'
+        "<p>{{ note }}</p>{{ grid(ends) }}</div>"
+    )
+    note = f"{len(ends)} of {len(frame):,} windows" + (", the first and the last" if len(ends) < len(frame) else "")
+    summary = _cells(pd.DataFrame([summary_row(frame)]))
+    return str(_environment().from_string(text).render(summary=summary, ends=_cells(ends), note=note))
+
+
+def summary_row(frame: pd.DataFrame) -> dict[str, Any]:
+    """What a run came to, in one row of texts and numbers."""
+    loss = frame["loss"].dropna()
+    last = frame.iloc[-1]
+    counts = frame["reason"].value_counts(normalize=True).head(3)
+    return {
+        "windows": len(frame),
+        "examples": float(last["examples_seen"]),
+        "final loss": float(loss.tail(max(len(loss) // 20, 1)).mean()) if len(loss) else math.nan,
+        "best loss": float(loss.min()) if len(loss) else math.nan,
+        "mean batch": float(frame["global_batch"].mean()),
+        "k, first to last": f"{frame['accumulation_steps'].iloc[0]:.0f} to {last['accumulation_steps']:.0f}",
+        "largest k": int(frame["accumulation_steps"].max()),
+        "noise scale at the end": _interval(last),
+        "skipped": int(frame["skipped"].sum()) if "skipped" in frame else 0,
+        "reasons": ", ".join(f"{reason} {share:.0%}" for reason, share in counts.items()),
+    }
+
+
+def decisions(frames: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, int]:
+    """The windows after which the size or its reason is another than before, and how many there are in all.
+
+    Where there are more than 3,000, those at which the size moved come first.
+    """
+    parts = []
+    for name, frame in frames.items():
+        steps = frame["accumulation_steps"]
+        moved, changed = steps.ne(steps.shift()), frame["reason"].ne(frame["reason"].shift())
+        part = frame[moved | changed]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "run": name,
+                    "examples": part["examples_seen"],
+                    "k": part["accumulation_steps"],
+                    "batch": part["global_batch"],
+                    "reason": part["reason"].astype(str),
+                    "target": part.get("target_batch", math.nan),
+                    "noise scale": [_interval(row) for _, row in part.iterrows()],
+                    "loss": part["loss"],
+                    "moved": moved[part.index],
+                }
+            )
+        )
+    rows = pd.concat(parts, ignore_index=True)
+    kept = rows
+    if len(rows) > MOVES:
+        kept = rows.sort_values("moved", ascending=False, kind="stable").head(MOVES).sort_index()
+    return kept.drop(columns="moved"), len(rows)
+
+
+def draw(frames: Mapping[str, pd.DataFrame], shown: Collection[str] | None = None) -> Figure:
+    """The plots: loss, accumulation steps, noise scale and batch, reasons."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        rows=4,
+        cols=1,
+        shared_xaxes=True,
+        vertical_spacing=0.055,
+        row_heights=[0.3, 0.21, 0.36, 0.13],
+        subplot_titles=(
+            "loss",
+            "accumulation steps k",
+            "noise scale B (95 % interval), batch n (thin)",
+            "reasons",
+        ),
+    )
+    positive = all((frame["loss"].dropna() > 0).all() for frame in frames.values())
+    for index, (name, frame) in enumerate(frames.items()):
+        visible = True if shown is None or name in shown else "legendonly"
+        style = {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index % len(DASHES)]}
+        common = {"legendgroup": name, "visible": visible, "mode": "lines"}
+        for row, column, shape in (
+            (1, "loss", "linear"),
+            (2, "accumulation_steps", "hv"),
+            (3, "noise_scale", "linear"),
+        ):
+            part = thinned(frame, column)
+            figure.add_scatter(
+                x=part["examples_seen"],
+                y=part[column].replace(math.inf, math.nan),
+                line=style | {"shape": shape, "width": 1.8},
+                name=name,
+                showlegend=row == 1,
+                row=row,
+                col=1,
+                **common,
+            )
+        part = thinned(frame, "global_batch")
+        figure.add_scatter(
+            x=part["examples_seen"],
+            y=part["global_batch"],
+            line={"color": style["color"], "width": 0.8, "shape": "hv"},
+            name=f"batch, {name}",
+            showlegend=False,
+            row=3,
+            col=1,
+            **common,
+        )
+        _band(figure, frame, name, style["color"], visible)
+    _ribbon(figure, frames)
+    figure.update_yaxes(type="log" if positive else "linear", row=1, col=1)
+    largest = max(frame["accumulation_steps"].max() for frame in frames.values())
+    powers = [2**i for i in range(math.ceil(math.log2(largest)) + 1)]
+    ends = [math.log10(0.8), math.log10(1.25 * max(powers[-1], 2))]
+    figure.update_yaxes(type="log", tickvals=powers, range=ends, minor={"showgrid": False}, row=2, col=1)
+    figure.update_yaxes(type="log", row=3, col=1)
+    figure.update_xaxes(title_text="examples seen", row=4, col=1)
+    figure.update_layout(
+        template="plotly_white",
+        height=900 + 14 * len(frames),
+        margin={"l": 60, "r": 20, "t": 60, "b": 50},
+        barmode="stack",
+        hovermode="closest",
+        legend={"orientation": "h", "y": -0.07, "yanchor": "top"},
+        font={"family": "system-ui, sans-serif", "size": 12},
+    )
+    return figure
+
+
+def thinned(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Of a long run the first, the last, the smallest and the largest row of each of 600 parts, by ``column``.
+
+    Example:
+        >>> rows = pd.DataFrame({"x": range(100_000)}).assign(y=0.0)
+        >>> rows.loc[54_321, "y"] = 9.0
+        >>> part = thinned(rows, "y")
+        >>> len(part) <= 4 * 600, part["y"].max(), part["x"].iloc[-1]
+        (True, np.float64(9.0), np.int64(99999))
+    """
+    if len(frame) <= 2 * PARTS:
+        return frame
+    values = frame[column].to_numpy(float)
+    kept: set[int] = set()
+    for part in np.array_split(np.arange(len(frame)), PARTS):
+        own = values[part]
+        kept |= {int(part[0]), int(part[-1])}
+        if not np.isnan(own).all():
+            kept |= {int(part[np.nanargmin(own)]), int(part[np.nanargmax(own)])}
+    return frame.iloc[sorted(kept)]
+
+
+def segments(frame: pd.DataFrame) -> Iterator[tuple[float, float, str]]:
+    """Stretches of one reason: where it starts, how long it is [examples], which.
+
+    Example:
+        >>> rows = pd.DataFrame({"examples_seen": [10.0, 20.0, 30.0], "reason": ["hold", "hold", "grow"]})
+        >>> list(segments(rows))
+        [(0.0, 20.0, 'hold'), (20.0, 10.0, 'grow')]
+    """
+    ends, reasons = frame["examples_seen"].to_numpy(float), frame["reason"].astype(str).to_numpy()
+    if len(frame) > SLICES:
+        edges = np.linspace(0.0, ends[-1], SLICES + 1)
+        place = np.clip(np.searchsorted(edges, ends, side="left") - 1, 0, SLICES - 1)
+        most = pd.Series(reasons).groupby(place).agg(lambda own: own.value_counts().index[0])
+        ends, reasons = edges[most.index + 1], most.to_numpy()
+    starts = np.concatenate([[0.0], ends[:-1]])
+    first = np.flatnonzero(np.concatenate([[True], reasons[1:] != reasons[:-1]]))
+    last = np.concatenate([first[1:] - 1, [len(reasons) - 1]])
+    for i, j in zip(first, last, strict=True):
+        yield float(starts[i]), float(ends[j] - starts[i]), str(reasons[i])
+
+
+def _band(figure: Figure, frame: pd.DataFrame, name: str, colour: str, visible: bool | str) -> None:
+    """The interval of the noise scale; where it is unbounded it is drawn up to ten times the largest finite value."""
+    if not {"noise_scale_low", "noise_scale_high"} <= set(frame):
+        return
+    part = thinned(frame, "noise_scale_high")
+    part = part[part["noise_scale_low"].notna()]
+    finite = part["noise_scale_high"].replace(math.inf, math.nan)
+    top = 10.0 * np.nanmax([*finite, *part["noise_scale"].replace(math.inf, math.nan), 1.0])
+    x, high = part["examples_seen"].tolist(), part["noise_scale_high"].replace(math.inf, top).tolist()
+    # A logarithmic axis has no zero.
+    low = part["noise_scale_low"].clip(lower=top * 1e-9).tolist()
+    figure.add_scatter(
+        x=x + x[::-1],
+        y=high + low[::-1],
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.14,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        name=f"interval, {name}",
+        legendgroup=name,
+        showlegend=False,
+        visible=visible,
+        row=3,
+        col=1,
+    )
+    bounded = part[["noise_scale", "noise_scale_low"]].replace(math.inf, math.nan)
+    if bounded["noise_scale"].notna().any():
+        largest, smallest = bounded["noise_scale"].max(), bounded["noise_scale"].min()
+        limits = [math.log10(max(smallest, 1e-3) / 8), math.log10(max(largest, frame["global_batch"].max()) * 8)]
+        figure.update_yaxes(range=limits, row=3, col=1)
+
+
+def _ribbon(figure: Figure, frames: Mapping[str, pd.DataFrame]) -> None:
+    by_reason: dict[str, list[tuple[str, float, float]]] = {}
+    for name, frame in frames.items():
+        for start, width, reason in segments(frame):
+            by_reason.setdefault(reason, []).append((name, start, width))
+    for reason, pieces in by_reason.items():
+        figure.add_bar(
+            y=[name for name, _, _ in pieces],
+            base=[start for _, start, _ in pieces],
+            x=[width for _, _, width in pieces],
+            orientation="h",
+            marker={"color": REASONS.get(reason, "#FFFFFF"), "line": {"width": 0}},
+            name=reason,
+            legendgroup=f"reason {reason}",
+            hovertemplate=f"{reason}<extra>%{{y}}</extra>",
+            row=4,
+            col=1,
+        )
+
+
+def _frames(runs: Source | Mapping[str, Source]) -> dict[str, pd.DataFrame]:
+    named = runs if isinstance(runs, Mapping) else {_name(runs): runs}
+    if not named:
+        raise ValueError("runs must hold at least one run, got none; give a history, its DataFrame or its file.")
+    return {str(name): _frame(str(name), source) for name, source in named.items()}
+
+
+def _name(source: object) -> str:
+    return Path(source).stem if isinstance(source, str | PathLike) else "run"
+
+
+def _frame(name: str, source: object) -> pd.DataFrame:
+    if isinstance(source, History):
+        frame = source.to_pandas()
+    elif isinstance(source, pd.DataFrame):
+        frame = source
+    elif isinstance(source, str | PathLike):
+        frame = pd.read_parquet(Path(source))
+    else:
+        raise TypeError(
+            f"runs must be histories, DataFrames or places of Parquet files, got {type(source).__name__} for {name!r}."
+        )
+    missing = [column for column in NEEDED if column not in frame]
+    if missing:
+        raise ValueError(
+            f"runs must have the columns {list(NEEDED)}, {name!r} lacks {missing}; history.to_pandas() has them."
+        )
+    if frame.empty:
+        raise ValueError(f"runs must have at least one window, {name!r} has none; report after the first step.")
+    return frame.reset_index(drop=True)
+
+
+def _check_shown(shown: Collection[str] | None, frames: Mapping[str, pd.DataFrame]) -> None:
+    unknown = set(shown or ()) - set(frames)
+    if unknown:
+        raise ValueError(f"shown must be names of runs, got {sorted(unknown)}; there are {sorted(frames)}.")
+
+
+def _short(names: Collection[str]) -> dict[str, str]:
+    """Names that fit beside a plot, and are still different."""
+    cut = {name: name if len(name) <= NAME else f"{name[: NAME - 3]}..." for name in names}
+    if len(set(cut.values())) == len(cut):
+        return cut
+    return {name: f"{index}: {text}" for index, (name, text) in enumerate(cut.items(), start=1)}
+
+
+def _interval(row: pd.Series) -> str:
+    value = _number(row["noise_scale"])
+    if "noise_scale_low" not in row or math.isnan(row["noise_scale_low"]):
+        return value
+    return f"{value} ({_number(row['noise_scale_low'])} to {_number(row['noise_scale_high'])})"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, str | bool):
+        return str(value)
+    if value is None or math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return "unbounded" if value > 0 else "-unbounded"
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _cells(table: pd.DataFrame, first: str | None = None) -> dict[str, Any]:
+    """A table as texts, for the template, which escapes them."""
+    columns = [first, *(name for name in table if name != first)] if first else list(table)
+    # Row by row, a column of integers would become one of floats.
+    rows = [[_number(value) for value in row] for row in zip(*(table[name].tolist() for name in columns), strict=True)]
+    kinds = []
+    for index, name in enumerate(columns):
+        longest = max((len(row[index]) for row in rows), default=0)
+        words = pd.api.types.is_string_dtype(table[name]) and not str(name).startswith("noise scale")
+        kinds.append("long" if words and longest > 40 else "text" if words else "")
+    return {"columns": list(zip(map(str, columns), kinds, strict=True)), "rows": rows}
+
+
+def _data_uri(picture: Path) -> str:
+    kinds = {".png": "image/png", ".svg": "image/svg+xml"}
+    if picture.suffix not in kinds:
+        raise ValueError(f"pictures must be PNG or SVG files, got {picture.name!r}.")
+    return f"data:{kinds[picture.suffix]};base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def _template() -> Any:
+    return _environment().from_string(
+        resources.files("adaptbatch").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    )
+
+
+def _environment() -> Any:
+    # Torch brings it.
+    import jinja2
+
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+
+def _plotly() -> Any:
+    try:
+        import plotly
+        import plotly.offline
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'A report is drawn by plotly, which is not installed: pip install "adaptbatch[report]".'
+        ) from error
+    return plotly
