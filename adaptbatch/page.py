@@ -257,7 +257,7 @@ def draw(frames: Mapping[str, pd.DataFrame], shown: Collection[str] | None = Non
             **common,
         )
         _band(figure, frame, name, style["color"], visible)
-    _ribbon(figure, frames)
+    _ribbon(figure, {name: frame for name, frame in frames.items() if shown is None or name in shown})
     figure.update_yaxes(type="log" if positive else "linear", row=1, col=1)
     largest = max(frame["accumulation_steps"].max() for frame in frames.values())
     powers = [2**i for i in range(math.ceil(math.log2(largest)) + 1)]
@@ -267,7 +267,7 @@ def draw(frames: Mapping[str, pd.DataFrame], shown: Collection[str] | None = Non
     figure.update_xaxes(title_text="examples seen", row=4, col=1)
     figure.update_layout(
         template="plotly_white",
-        height=900 + 14 * len(frames),
+        height=900,
         margin={"l": 60, "r": 20, "t": 60, "b": 50},
         barmode="stack",
         hovermode="closest",

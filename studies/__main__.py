@@ -213,13 +213,29 @@ def status(
 
 @app.command
 def report(
-    name: tyro.conf.Positional[Name],
+    what: tyro.conf.Positional[
+        Annotated[tuple[str, ...], tyro.conf.arg(help="a study, or histories' Parquet files; all studies if not given")]
+    ] = (),
     results: Annotated[
         Path, tyro.conf.arg(help="where studies have written; the committed results if not given")
     ] = RESULTS,
+    html: Annotated[Path, tyro.conf.arg(help="folder of the page")] = RUNS / "report",
 ) -> None:
-    """Tables and figures of a study, from its finished runs."""
-    _report(_study(name), results / name)
+    """Tables and figures of a study and one page that shows them; or a page of your own runs."""
+    from studies import pages
+    from studies.catalogue import STUDIES
+
+    files = [Path(one) for one in what if one not in STUDIES]
+    if files:
+        missing = [str(path) for path in files if not path.is_file()]
+        if missing or len(files) < len(what):
+            raise SystemExit(f"what must be studies ({', '.join(STUDIES)}) or files, got {missing or list(what)}.")
+        print(f"page    {pages.own_page(files, html / f'{files[0].stem}.html')}")
+        return
+    for name in what or [name for name in STUDIES if (results / name / "runs.parquet").is_file()]:
+        _report(_study(name), results / name)
+        if (results / name / "runs.parquet").is_file():
+            print(f"page    {pages.study_page(name, _study(name).about, results, html / f'{name}.html')}")
 
 
 @app.command
