@@ -18,6 +18,7 @@ import torch
 import adaptbatch as ab
 from adaptbatch import page
 from adaptbatch.history import COLUMNS, History
+from studies.results import RESULTS
 
 NASTY = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
 
@@ -155,6 +156,34 @@ class TestContent:
         use = {"plotly": lambda: history.to_html(tmp_path / "x.html"), "matplotlib": history.plot}[package]
         with pytest.raises(ModuleNotFoundError, match=re.escape(f'pip install "adaptbatch[{extra}]"')):
             use()
+
+
+class TestStudies:
+    def test_a_study_is_one_page(self, tmp_path, capsys):
+        from studies.__main__ import report
+
+        shutil.copytree(RESULTS / "comparison", tmp_path / "comparison")
+        report(("comparison",), tmp_path, tmp_path / "pages")
+        text = (tmp_path / "pages" / "comparison.html").read_text()
+        claims = pd.read_parquet(tmp_path / "comparison" / "claims.parquet")
+        assert text.count('<tr class="supported">') == (claims["verdict"] == "supported").sum()
+        assert text.count('<img src="data:image/png;base64,') == 1
+        assert "noisy, mnist, adaptive" in text
+        assert "page " in capsys.readouterr().out
+
+    def test_a_users_runs_are_one_page(self, tmp_path):
+        from studies.__main__ import report
+
+        for name in ("first", "second"):
+            trained(ab.Fixed(2), examples=256).to_parquet(tmp_path / f"{name}.parquet")
+        report((str(tmp_path / "first.parquet"), str(tmp_path / "second.parquet")), html=tmp_path)
+        assert "<h1>first, second</h1>" in (tmp_path / "first.html").read_text()
+
+    def test_what_is_neither_is_named(self, tmp_path):
+        from studies.__main__ import report
+
+        with pytest.raises(SystemExit, match=r"what must be studies \(origin, .*\) or files, got \['nothing'\]"):
+            report(("nothing",), html=tmp_path)
 
 
 class TestNotebook:
