@@ -152,6 +152,17 @@ def comparison(ledger: Ledger) -> None:
     holds("adaptive diverges as often as fixed 128", len(set(same)) == 1)
     where = {"claim": "W1", "where": f"calm, {HOME}"}
     ledger.interval("calm.w1", "comparison/claims", "value", ".2f", **where)
+    for name in ("fashion", "shuttle"):
+        ledger.interval(f"calm.w1 {name}", "comparison/claims", "value", ".2f", claim="W1", where=f"calm, {name}")
+    verdicts = ledger.frame("comparison/claims").set_index(["claim", "where"])["verdict"]
+    holds("W1 fails on calm Fashion-MNIST", verdicts["W1", "calm, fashion"] == "not supported")
+    holds("W1 holds on calm Shuttle", verdicts["W1", "calm, shuttle"] == "supported")
+    holds("W2 holds at home on the calm network", verdicts["W2", "calm, home"] == "supported")
+    controls = wide["calm"].loc[["adaptive", "constant mean", "replay", "rate follows", "rate follows root"], "final"]
+    holds("the controls end where adaptive does, on the calm network", float(controls.max() - controls.min()) < 1e-9)
+    for arm in ("adaptive", "fixed 128", "warmup", "clip"):
+        ledger.interval(f"together.{arm}", "comparison/together", "of best fixed", ".2f", arm=arm)
+    holds("there are six tasks", set(ledger.frame("comparison/together")["tasks"]) == {6})
     holds("W1 fails on the calm network", ledger.row("comparison/claims", where)["verdict"] == "not supported")
     what = "final, adaptive / constant mean, is below 1"
     where = {"claim": "W4", "what": what, "where": f"calm, {HOME}"}
