@@ -11,7 +11,7 @@ import pandas as pd
 
 from studies.results import RESULTS, read_table
 
-NEVER = "not reached"
+NEVER = "∞"
 
 
 class LedgerError(LookupError):
@@ -43,11 +43,11 @@ class Table:
 
 
 def shown(value: float, form: str) -> str:
-    """A value as the paper prints it; what is infinite was not reached, what is NaN is not known.
+    """A value as the paper prints it; what is NaN is not known.
 
     Example:
         >>> shown(1.0149, ".2f"), shown(float("inf"), ".2f"), shown(float("nan"), ".2f"), shown(-0.5, ".1f")
-        ('1.01', 'not reached', '–', '−0.5')
+        ('1.01', '∞', '–', '−0.5')
     """
     if math.isnan(value):
         return "–"
@@ -59,7 +59,7 @@ def spread(value: float, low: float, high: float, form: str) -> str:
 
     Example:
         >>> spread(1.014, 1.011, 1.018, ".2f"), spread(1.4, 0.5, float("inf"), ".1f")
-        ('1.01 (1.01 to 1.02)', '1.4 (0.5 to not reached)')
+        ('1.01 (1.01 to 1.02)', '1.4 (0.5 to ∞)')
     """
     return f"{shown(value, form)} ({shown(low, form)} to {shown(high, form)})"
 
