@@ -77,7 +77,8 @@ def comparison_section() -> str:
     runs = pd.read_parquet(RESULTS / "comparison" / "runs.parquet")
     rows = [row for study in CLAIMED for row in _verdicts(study)]
     return (
-        f"{_where_it_helps(arms, len(runs))}\n\nThe claims of all studies, written down before their runs, by the number "
+        f"{_where_it_helps(arms, len(runs))}\n\n"
+        f"The claims of all studies, written down before their runs, by the number "
         f"of places (networks, data sets, architectures) where they hold; with every interval in the paper:\n\n"
         f"{markdown(rows)}"
     )
