@@ -231,10 +231,27 @@ def depth(ledger: Ledger) -> None:
     for name, architecture, quantity in (
         ("residual trace", "residual", "noise_trace"),
         ("residual scale", "residual", "noise_scale"),
-        ("plain scale", "plain", "noise_scale"),
+        ("branch scale", "branch-LN", "noise_scale"),
     ):
         where = {"architecture": architecture, "updates": 0, "quantity": quantity}
         ledger.interval(f"depth.{name}", place, "power", ".2f", **where)
+    where = {"architecture": "branch-LN", "updates": last, "quantity": "noise_scale"}
+    ledger.interval("depth.branch scale later", place, "power", ".2f", **where)
+    holds("the relative noise of branch-LN falls with depth later", powers.loc[tuple(where.values()), "high"] < 0)
+    start = powers.xs((0, "noise_trace"), level=("updates", "quantity"))
+    holds("normalised branches grow by a power of three", bool((start.loc[["pre-LN", "branch-LN"], "power"] > 3).all()))
+    verdicts = ledger.frame("depth/claims").set_index(["claim", "where"])["verdict"]
+    for name in ("residual", "scaled", "rezero"):
+        holds(f"the relative noise of {name} does not grow", verdicts["D2", name] == "not supported")
+    holds("that of branch-LN does at first", verdicts["D2", "branch-LN"] == "supported")
+    noise = ledger.frame("depth/noise")
+    errors = pd.concat(
+        (noise[f"estimated_{one}"] - noise[one]) / noise[f"se_{one}"] for one in ("noise_trace", "grad_sq_norm")
+    )
+    said = "depth/noise: (estimated_x - x) / se_x, x = noise_trace, grad_sq_norm"
+    ledger.add("depth.checks", str(len(errors)), f"{said}: count")
+    ledger.add("depth.estimates", f"{(errors.abs() < 2).mean():.0%}", f"{said}: share within 2")
+    ledger.add("depth.examples", "512", "the code: SCALES of studies/depth.py: examples of the laptop preset")
 
 
 def _power(powers: pd.DataFrame, key: tuple[object, ...]) -> str:
@@ -305,7 +322,7 @@ def favourable(ledger: Ledger) -> None:
 
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("comparison",)
+CLAIMED = ("comparison", "depth")
 
 
 def claims(ledger: Ledger) -> None:
@@ -323,4 +340,4 @@ def _range(values: pd.Series) -> str:
     return f"{values.min():.1%} to {values.max():.1%}"
 
 
-SECTIONS: tuple[Callable[[Ledger], None], ...] = (estimator, decision, cost, protocol, comparison, claims)
+SECTIONS: tuple[Callable[[Ledger], None], ...] = (estimator, decision, cost, protocol, comparison, depth, claims)
