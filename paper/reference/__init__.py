@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
+ROOT = SOURCE.parent.parent
 
 
 def build(out: Path) -> Path:
@@ -25,7 +26,7 @@ def build(out: Path) -> Path:
     with tempfile.TemporaryDirectory() as doctrees:
         # A process of its own: Sphinx imports what it documents and leaves its handlers in logging.
         command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-E", "-n", "-W", "--keep-going", "-d", doctrees]
-        done = subprocess.run([*command, str(SOURCE), str(out)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(SOURCE), str(out.resolve())], capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
         raise RuntimeError(f"the reference was not built:\n{done.stderr}")
     return out / "index.html"

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-import adaptbatch  # noqa: E402
+import adaptbatch
 
 project = "adaptbatch"
 author = "The adaptbatch authors"
