@@ -67,5 +67,5 @@ def test_what_sphinx_says_is_told(tmp_path, monkeypatch):
     (tmp_path / "conf.py").write_text("")
     (tmp_path / "index.rst").write_text("A title\n=====\n")
     monkeypatch.setattr(reference, "SOURCE", tmp_path)
-    with pytest.raises(RuntimeError, match="the reference was not built:\n.*Title underline too short"):
+    with pytest.raises(RuntimeError, match=r"the reference was not built:\n.*Title underline too short"):
         reference.build(tmp_path / "html")
