@@ -50,7 +50,7 @@ class BatchController:
         model: The module being trained: plain, wrapped in DistributedDataParallel, given to ``fully_shard`` (FSDP2),
             compiled.
         optimizer: Its optimizer; the trainable parameters in its groups are measured.
-        rule: Any :class:`~adaptbatch.rules.Rule`; None is ``RelativeStandardError()``.
+        rule: Any :class:`~adaptbatch.Rule`; None is ``RelativeStandardError()``.
         limits: Bounds on ``k``; None is ``Limits()``. They may be replaced under way: :attr:`limits`.
         metric: ``"euclidean"``, or ``"adam"``: the decision is made in the coordinates in which the optimizer
             descends, squared gradients weighted by ``1 / (sqrt(v) + eps)`` with the second moment of the step before
@@ -325,7 +325,7 @@ class BatchController:
             unscale: False leaves the loss scale in ``.grad``, for a trainer that unscales it later.
 
         Returns:
-            The norm of that mean gradient, before clipping and without a loss scale: a scalar tensor.
+            The norm of that mean gradient, before clipping and without a loss scale, as a scalar tensor.
 
         Raises:
             RuntimeError: If no step is due, or ranks disagree or died.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+#: The columns of a history in their order, with their pandas types.
 COLUMNS: dict[str, str] = {
     "optimizer_step": "int64",
     "examples_seen": "float64",
@@ -52,7 +53,7 @@ COLUMNS: dict[str, str] = {
 
 
 class History:
-    """Rows of decisions, one per window (skipped ones included), in the order of :data:`COLUMNS`.
+    """Rows of decisions, one per window (skipped ones included), in the order of :data:`.COLUMNS`.
 
     ====================  ==========================================================================================
     optimizer_step        steps taken so far, this one included; a skipped window repeats the number
@@ -101,7 +102,7 @@ class History:
         self._loggers: list[Logger] = []
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; its keys are exactly :data:`COLUMNS`."""
+        """Add a row; its keys are exactly :data:`.COLUMNS`."""
         if row.keys() != COLUMNS.keys():
             raise ValueError(f"row must have exactly the history's columns, differs in {row.keys() ^ COLUMNS.keys()}.")
         for name, value in row.items():

@@ -19,7 +19,7 @@ from adaptbatch.records import NoiseEstimate
 Scaling = Literal["none", "sqrt", "linear", "gain", "sqrt_gain"]
 Beta2 = Literal["fixed", "half-life"]
 
-# Below a half-life of 7 steps the second moment is the gradient's own; above 7000 it lags behind the training.
+#: Below a half-life of 7 steps the second moment is the gradient's own; above 7000 it lags behind the training.
 BETA2_RANGE = (0.9, 0.9999)
 
 
@@ -193,7 +193,7 @@ def sq_norm_ratio(evidence: NoiseEstimate, batch: float, other: float, populatio
 def half_life_beta2(reference: float, batch_ratio: float) -> float:
     """``beta2^(n / n0)``: the decay per step that leaves the half-life in examples where it was.
 
-    Held in :data:`BETA2_RANGE`, widened to ``reference`` itself, so that a ratio of 1 changes nothing.
+    Held in :data:`.BETA2_RANGE`, widened to ``reference`` itself, so that a ratio of 1 changes nothing.
 
     Args:
         reference: ``beta2`` at the reference batch [1], in [0, 1).

@@ -253,7 +253,7 @@ class ShardTracker:
     within_df: float = 0.0
 
     def update(self, window: Measurement, ranks: int) -> ShardTracker:
-        """The tracker with one window more; one without :attr:`Measurement.rank_sq_norms` tells nothing."""
+        """The tracker with one window more; one without ``rank_sq_norms`` tells nothing."""
         if ranks < 2 or window.cells <= ranks or not math.isfinite(window.rank_sq_norms) or not window.mean_sq_norm > 0:
             return self
         between = window.rank_sq_norms - window.global_batch * window.batch_sq_norm

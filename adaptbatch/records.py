@@ -1,6 +1,6 @@
 """The letters between the rooms: plain frozen records of floats and ints.
 
-probe --Measurement--> noise, tails --Evidence--> rules (with Progress) --Decision--> controller
+``probe --Measurement--> noise, tails --Evidence--> rules (with Progress) --Decision--> controller``
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+#: Why a window has its size.
 Reason = Literal[
     "hold",
     "grow",
@@ -51,7 +52,7 @@ class Measurement:
 
     @property
     def mean_sq_norm(self) -> float:
-        """``Q / n``: mean squared norm of the cells' gradients, ``|G|^2 + tr(Sigma) / b`` in expectation [g^2]."""
+        """``Q / n``, mean squared norm of the cells' gradients, ``|G|^2 + tr(Sigma) / b`` in expectation [g^2]."""
         return self.weighted_sq_norms / self.global_batch
 
     @property
@@ -171,7 +172,7 @@ class Progress:
 
     @property
     def step_examples(self) -> float:
-        """``b W``: the examples that one more accumulation step adds."""
+        """``b W``, the examples that one more accumulation step adds."""
         return self.cell_examples * self.world_size
 
     @property
@@ -187,7 +188,7 @@ class Decision:
     Attributes:
         accumulation_steps: ``k`` of the next window.
         target_batch: The batch the rule wants, unrounded and unlimited [examples]; may be infinite, NaN if unknown.
-        reason: One of the words of :data:`Reason`.
+        reason: One of the words of :data:`.Reason`.
     """
 
     accumulation_steps: int

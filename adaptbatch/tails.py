@@ -23,10 +23,10 @@ from adaptbatch.records import Measurement, NoiseEstimate, Tail
 # Windows whose median is the level; fewer than LEVEL_LEAST of them are none.
 LEVEL_WINDOWS = 64
 LEVEL_LEAST = 8
-# A chi-square of four degrees of freedom is this far above its median once in a million draws: noise is not cut.
+#: A chi-square of four degrees of freedom is this far above its median once in a million draws; noise is not cut.
 BOUND = 10.0
-# A gradient a hundred times longer than usual: no sampling error does that. In the two-networks study windows a
-# hundred times beyond the level came and went without harm; catastrophes were beyond ten thousand.
+#: A gradient a hundred times longer than usual; no sampling error does that. In the two-networks study windows a
+#: hundred times beyond the level came and went without harm; catastrophes were beyond ten thousand.
 EXCEEDANCE = 1e4
 # Half-lives of the evidence after the last exceedance for which an episode is remembered.
 HOLD_MEMORIES = 10.0

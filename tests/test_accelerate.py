@@ -8,18 +8,21 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import adaptbatch as ab
-from adaptbatch.integrations.accelerate import controller_for
 from tests import reference
 from tests.test_controller import LastDigits, batches, equal_state, sgd, small_model, split, squared
 from tests.test_distributed import spawn
+
+pytest.importorskip("accelerate")
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+
+from adaptbatch.integrations.accelerate import controller_for
 
 
 def loader(examples: int = 42, dtype: torch.dtype = torch.float64) -> DataLoader:

@@ -1,0 +1,71 @@
+"""paper/reference: the pages build without a warning, hold every public name, and fetch nothing when they are read."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import adaptbatch as ab
+from paper import reference
+
+LOADED = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
+
+
+class Page(HTMLParser):
+    """The anchors of a page, what it loads, and what it links to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.loads: list[str] = []
+        self.links: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
+        self.anchors.add(found.get("id", ""))
+        if tag in LOADED and LOADED[tag] in found:
+            self.loads.append(found[LOADED[tag]])
+        if tag == "a":
+            self.links.add(found.get("href", ""))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    pytest.importorskip("sphinx", reason="needs the docs extra")
+    return reference.build(tmp_path_factory.mktemp("reference") / "html")
+
+
+def test_every_public_name_has_its_place_and_stands_on_the_first_page(built):
+    anchors = set().union(*(Page(path).anchors for path in built.parent.glob("*.html")))
+    links = {link.partition("#")[2] for link in Page(built).links}
+    names = {"module-adaptbatch.noise" if name == "noise" else f"adaptbatch.{name}" for name in ab.__all__}
+    assert not names - anchors
+    assert not names - links
+
+
+@pytest.mark.parametrize("kind", ["lightning.AdaptiveAccumulation", "transformers.AdaptiveAccumulationMixin"])
+def test_the_integrations_are_there(built, kind):
+    assert f"adaptbatch.integrations.{kind}" in Page(built.with_name("integrations.html")).anchors
+
+
+def test_reading_needs_no_network(built):
+    pages = list(built.parent.glob("*.html"))
+    assert len(pages) > 8
+    loads = [load for page in pages for load in Page(page).loads]
+    assert len(loads) > len(pages)
+    assert not [load for load in loads if re.match(r"(https?:)?//", load)]
+    styles = [path.read_text() for path in built.parent.rglob("*.css")]
+    assert styles
+    assert not [found for style in styles for found in re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style)]
+
+
+def test_what_sphinx_says_is_told(tmp_path, monkeypatch):
+    (tmp_path / "conf.py").write_text("")
+    (tmp_path / "index.rst").write_text("A title\n=====\n")
+    monkeypatch.setattr(reference, "SOURCE", tmp_path)
+    with pytest.raises(RuntimeError, match=r"the reference was not built:\n.*Title underline too short"):
+        reference.build(tmp_path / "html")
