@@ -317,12 +317,21 @@ def favourable(ledger: Ledger) -> None:
     ledger.table("favourable", place, head, rows)
     attainable = float(table["attainable"].iloc[0])
     ledger.add("favourable.attainable", f"{1 - attainable:.1%}", f"{place}: 1 - attainable")
-    for name, arm in (("pareto", "pareto"), ("pareto sqrt", "pareto, sqrt rate")):
+    for name, arm in (("pareto", "pareto"), ("pareto sqrt", "pareto, sqrt rate"), ("adaptive", "adaptive")):
         ledger.interval(f"favourable.{name}", place, "of best fixed", ".2f", arm=arm)
+    best = table.loc[table["best fixed"], "arm"].iloc[0]
+    ledger.add("favourable.best", best.split()[1], f"{place}: best fixed = True: arm")
+    ledger.cell("favourable.best final", place, "final", ".1f", arm=best)
+    ledger.cell("favourable.pareto final", place, "final", ".1f", arm="pareto")
+    verdicts = ledger.frame("favourable/claims").set_index(["claim", "what"])["verdict"]
+    said = "cost to target, {} / best fixed, is below 1"
+    holds("whether Pareto is cheaper is undecided", verdicts["F2", said.format("pareto")] == "undecided")
+    coupled = verdicts["F2", said.format("pareto, sqrt rate")]
+    holds("the coupled one is not cheaper", coupled == "not supported")
 
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("comparison", "depth")
+CLAIMED = ("comparison", "depth", "favourable")
 
 
 def claims(ledger: Ledger) -> None:
@@ -340,4 +349,13 @@ def _range(values: pd.Series) -> str:
     return f"{values.min():.1%} to {values.max():.1%}"
 
 
-SECTIONS: tuple[Callable[[Ledger], None], ...] = (estimator, decision, cost, protocol, comparison, depth, claims)
+SECTIONS: tuple[Callable[[Ledger], None], ...] = (
+    estimator,
+    decision,
+    cost,
+    protocol,
+    comparison,
+    depth,
+    favourable,
+    claims,
+)
