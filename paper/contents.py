@@ -231,10 +231,27 @@ def depth(ledger: Ledger) -> None:
     for name, architecture, quantity in (
         ("residual trace", "residual", "noise_trace"),
         ("residual scale", "residual", "noise_scale"),
-        ("plain scale", "plain", "noise_scale"),
+        ("branch scale", "branch-LN", "noise_scale"),
     ):
         where = {"architecture": architecture, "updates": 0, "quantity": quantity}
         ledger.interval(f"depth.{name}", place, "power", ".2f", **where)
+    where = {"architecture": "branch-LN", "updates": last, "quantity": "noise_scale"}
+    ledger.interval("depth.branch scale later", place, "power", ".2f", **where)
+    holds("the relative noise of branch-LN falls with depth later", powers.loc[tuple(where.values()), "high"] < 0)
+    start = powers.xs((0, "noise_trace"), level=("updates", "quantity"))
+    holds("normalised branches grow by a power of three", bool((start.loc[["pre-LN", "branch-LN"], "power"] > 3).all()))
+    verdicts = ledger.frame("depth/claims").set_index(["claim", "where"])["verdict"]
+    for name in ("residual", "scaled", "rezero"):
+        holds(f"the relative noise of {name} does not grow", verdicts["D2", name] == "not supported")
+    holds("that of branch-LN does at first", verdicts["D2", "branch-LN"] == "supported")
+    noise = ledger.frame("depth/noise")
+    errors = pd.concat(
+        (noise[f"estimated_{one}"] - noise[one]) / noise[f"se_{one}"] for one in ("noise_trace", "grad_sq_norm")
+    )
+    said = "depth/noise: (estimated_x - x) / se_x, x = noise_trace, grad_sq_norm"
+    ledger.add("depth.checks", str(len(errors)), f"{said}: count")
+    ledger.add("depth.estimates", f"{(errors.abs() < 2).mean():.0%}", f"{said}: share within 2")
+    ledger.add("depth.examples", "512", "the code: SCALES of studies/depth.py: examples of the laptop preset")
 
 
 def _power(powers: pd.DataFrame, key: tuple[object, ...]) -> str:
@@ -300,12 +317,21 @@ def favourable(ledger: Ledger) -> None:
     ledger.table("favourable", place, head, rows)
     attainable = float(table["attainable"].iloc[0])
     ledger.add("favourable.attainable", f"{1 - attainable:.1%}", f"{place}: 1 - attainable")
-    for name, arm in (("pareto", "pareto"), ("pareto sqrt", "pareto, sqrt rate")):
+    for name, arm in (("pareto", "pareto"), ("pareto sqrt", "pareto, sqrt rate"), ("adaptive", "adaptive")):
         ledger.interval(f"favourable.{name}", place, "of best fixed", ".2f", arm=arm)
+    best = table.loc[table["best fixed"], "arm"].iloc[0]
+    ledger.add("favourable.best", best.split()[1], f"{place}: best fixed = True: arm")
+    ledger.cell("favourable.best final", place, "final", ".1f", arm=best)
+    ledger.cell("favourable.pareto final", place, "final", ".1f", arm="pareto")
+    verdicts = ledger.frame("favourable/claims").set_index(["claim", "what"])["verdict"]
+    said = "cost to target, {} / best fixed, is below 1"
+    holds("whether Pareto is cheaper is undecided", verdicts["F2", said.format("pareto")] == "undecided")
+    coupled = verdicts["F2", said.format("pareto, sqrt rate")]
+    holds("the coupled one is not cheaper", coupled == "not supported")
 
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("comparison",)
+CLAIMED = ("comparison", "depth", "favourable")
 
 
 def claims(ledger: Ledger) -> None:
@@ -323,4 +349,13 @@ def _range(values: pd.Series) -> str:
     return f"{values.min():.1%} to {values.max():.1%}"
 
 
-SECTIONS: tuple[Callable[[Ledger], None], ...] = (estimator, decision, cost, protocol, comparison, claims)
+SECTIONS: tuple[Callable[[Ledger], None], ...] = (
+    estimator,
+    decision,
+    cost,
+    protocol,
+    comparison,
+    depth,
+    favourable,
+    claims,
+)

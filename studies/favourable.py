@@ -95,7 +95,7 @@ def cost_to_target(final: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     target = SLACK * final.loc[final["arm"] == best_fixed(final), "final"].median()
     spent = pd.DataFrame([to_target(by_key[key], target) for key in final["key"]], index=final.index)
     spent["cost"] = spent["examples"] + PRICE * spent["updates"]
-    return final.join(spent[["examples", "updates", "cost"]])
+    return final.drop(columns=["examples", "updates"], errors="ignore").join(spent[["examples", "updates", "cost"]])
 
 
 def attainable(curve: pd.DataFrame) -> float:

@@ -66,7 +66,7 @@ def rows(scale: Scale) -> dict[str, tuple[Arm, int]]:
     adaptive = ab.RelativeStandardError()
     return {
         "VAE, 256": (_arm("VAE, 256", ab.Fixed(1), 1e-3, residual="none"), SMALL),
-        "residual VAE, 4000": (_arm("residual VAE, 4000", ab.Fixed(LARGE // 250), 1e-2, **noisy), 250),
+        "residual VAE, 4000": (_arm("residual VAE, 4000", ab.Fixed(LARGE // 1000), 1e-2, **noisy), 1000),
         "residual VAE, adaptive": (_arm("residual VAE, adaptive", adaptive, 1e-2, **noisy), SMALL // 2),
         "residual VAE, 256": (_arm("residual VAE, 256", ab.Fixed(1), 1e-2, **noisy), SMALL),
         "scaled residual VAE, 256": (_arm("scaled residual VAE, 256", ab.Fixed(1), 3e-3, residual="scaled"), SMALL),

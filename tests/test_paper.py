@@ -19,7 +19,7 @@ from studies.results import RESULTS, write_atomically
 PAPER = Path(build.__file__).parent
 TEXTS = sorted(PAPER.glob("sections/*.typ"))
 # Names of releases and what they are cited as; nothing that was measured.
-VERSIONS = re.compile(r"\((?:fairscale|adaptdl) \d[\d.]*\)|(?:torch-gqc|gns-pytorch) \d[\d.]*")
+VERSIONS = re.compile(r"(?:fairscale|adaptdl|torch-gqc|gns-pytorch) \d[\d.]*")
 
 
 def text(path: Path) -> str:

@@ -409,7 +409,7 @@ def _many_arms() -> tuple[pd.DataFrame, pd.DataFrame]:
                         "diverged": n == 256,
                     }
                     row |= {"spikes": 1, "probe_spikes": 0, "mean_batch": n, "auroc": 0.5, "auprc": 0.5, "batch": n}
-                    row |= {"momentum": arm == "warmup"}
+                    row |= {"momentum": arm == "warmup", "examples": n * 50, "updates": 50}
                     if stage == "knob":
                         row |= {"knob": "theta" if n > 100 else "warmup length", "value": float(n)}
                     rows.append(row)
