@@ -276,6 +276,27 @@ def sensitivity(ledger: Ledger) -> None:
     ]
     head = ["network", "knob", "values", "best", "within 10 %", "worst / best"]
     ledger.table("knobs", "sensitivity/knobs", head, rows)
+    for name, network, knob in (
+        ("noisy warmup", "noisy", "warmup length"),
+        ("noisy theta", "noisy", "theta"),
+        ("calm warmup", "calm", "warmup length"),
+        ("calm theta", "calm", "theta"),
+    ):
+        where = {"network": network, "knob": knob}
+        ledger.cell(f"knobs.{name} share", "sensitivity/knobs", "share within 10 %", ".0%", **where)
+    table = ledger.frame("sensitivity/knobs").set_index(["network", "knob"])["share within 10 %"]
+    holds("warmup is the most sensitive on the noisy network", table["noisy"].idxmin() == "warmup length")
+    runs = ledger.frame("sensitivity/runs")
+    own = runs[(runs["stage"] == "knob") & (runs["network"] == "calm") & (runs["knob"] == "micro-batch")]
+    for name, size in (("small", 32.0), ("usual", 64.0)):
+        part = own[own["value"] == size]
+        said = f"sensitivity/runs: stage = knob, network = calm, knob = micro-batch, value = {size:g}: mean of"
+        ledger.add(f"knobs.{name} micro", f"{size:g}", said)
+        ledger.add(f"knobs.{name} final", shown(part["final"].mean(), ".1f"), f"{said} final")
+        if name == "small":
+            ledger.add(f"knobs.{name} batch", shown(part["mean_batch"].mean(), ".0f"), f"{said} mean_batch")
+    verdicts = ledger.frame("sensitivity/claims")
+    holds("S2 is undecided everywhere", set(verdicts.loc[verdicts["claim"] == "S2", "verdict"]) == {"undecided"})
 
 
 def frontier(ledger: Ledger) -> None:
@@ -331,7 +352,7 @@ def favourable(ledger: Ledger) -> None:
 
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("comparison", "depth", "favourable")
+CLAIMED = ("comparison", "sensitivity", "depth", "favourable")
 
 
 def claims(ledger: Ledger) -> None:
@@ -357,5 +378,6 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     comparison,
     depth,
     favourable,
+    sensitivity,
     claims,
 )

@@ -68,5 +68,5 @@ def first_drawn(runs: Mapping[str, pd.DataFrame]) -> list[str]:
     network = names[0].split(", ")[0]
     own = {name.split(", ", 2)[-1]: name for name in names if name.startswith(f"{network}, ")}
     fixed = fixed_arms(pd.DataFrame({"arm": list(own)}))
-    chosen = [arm for arm in own if arm in DRAWN] + [fixed[0], fixed[-1]] * bool(fixed)
+    chosen = [arm for arm in own if arm in DRAWN] + fixed[:1] + fixed[-1:]
     return [own[arm] for arm in dict.fromkeys(chosen)] or names[:4]

@@ -142,7 +142,7 @@ def sensitivity(folder: Path) -> None:
         figure, grid = plt.subplots(
             len(networks),
             1 + len(knobs),
-            figsize=(3.6 + 2.1 * len(knobs), 2.9 * len(networks)),
+            figsize=(3.4 + 1.4 * len(knobs), 2.7 * len(networks)),
             width_ratios=[2.0] + [1.0] * len(knobs),
             squeeze=False,
             sharey="row",
@@ -163,10 +163,17 @@ def sensitivity(folder: Path) -> None:
                     markersize=4,
                 )
                 axes.set_xscale("log")
+                shown = [means.index.min(), *means.index[[len(means) // 2]], means.index.max()]
+                axes.set_xticks(shown, [_short(value) for value in shown])
+                axes.xaxis.set_minor_locator(NullLocator())
                 axes.set_title(knob)
             grid[row, 0].set_ylim(0.95 * part["final"].min(), top)
             grid[row, 0].set_ylabel("final validation loss")
         save(figure, folder, "figure")
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 def _rates(axes: Axes, tune: pd.DataFrame, top: float) -> None:
