@@ -318,6 +318,11 @@ def frontier(ledger: Ledger) -> None:
     for network in ("noisy", "calm"):
         ledger.interval(f"frontier.{network} S", "frontier/fit", "S_min", ",.0f", network=network)
         ledger.interval(f"frontier.{network} E", "frontier/fit", "E_min", ",.0f", network=network)
+        ledger.interval(f"frontier.{network} q", "frontier/methods", "q", ".2f", network=network, arm="adaptive")
+        ledger.cell(f"frontier.{network} loss", "frontier/fit", "target", ".1f", network=network)
+    for network, arm in (("noisy", "rezero"), ("noisy", "clip"), ("calm", "adaptive, clip")):
+        row = ledger.row("frontier/methods", {"network": network, "arm": arm})
+        holds(f"{arm} is inside the frontier of the {network} network", row["q high"] < 1)
 
 
 def favourable(ledger: Ledger) -> None:
@@ -352,7 +357,7 @@ def favourable(ledger: Ledger) -> None:
 
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("comparison", "sensitivity", "depth", "favourable")
+CLAIMED = ("comparison", "sensitivity", "depth", "frontier", "favourable")
 
 
 def claims(ledger: Ledger) -> None:
@@ -379,5 +384,6 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     depth,
     favourable,
     sensitivity,
+    frontier,
     claims,
 )

@@ -240,12 +240,23 @@ def frontier(folder: Path) -> None:
             for own in part.itertuples():
                 colour, marker = KINDS[kind(own.arm)]
                 axes.plot(own.updates, own.examples, marker, color=colour, markersize=5)
-                axes.annotate(f" {own.arm}", (own.updates, own.examples), fontsize=6.5, color=colour, va="center")
+            # Arms that stand in one place share a label.
+            place = part[["updates", "examples"]].map(lambda value: round(math.log(value) / 0.1))
+            for _, own in part.groupby([place["updates"], place["examples"]], sort=False):
+                names = [*own["arm"].head(2), *([f"{len(own) - 2} more"] if len(own) > 2 else [])]
+                colour = KINDS[kind(names[0])][0]
+                spot = (own["updates"].max(), own["examples"].mean())
+                side = "right" if kind(names[0]) == "adaptive" else "left"
+                label = f"  {', '.join(names)}  "
+                axes.annotate(label, spot, fontsize=6.5, color=colour, va="center", ha=side)
             axes.set_xscale("log")
             axes.set_yscale("log")
             spans = (part["updates"], part["examples"])
             axes.set_xlim(spans[0].min() / 1.5, spans[0].max() * 2.5)
             axes.set_ylim(spans[1].min() / 1.5, spans[1].max() * 1.5)
+            ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000) if spans[0].min() / 1.5 < t < spans[0].max() * 2.5]
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(f"{fit.network}: to a loss of {fit.target:.1f}")
             axes.set_xlabel("updates")
         grid[0, 0].set_ylabel("examples")
