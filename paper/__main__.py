@@ -30,6 +30,14 @@ def pages(out: Path = Path(__file__).parent / "build", ppi: float = 110.0) -> No
 
 
 @app.command
+def reference(out: Path = Path(__file__).parent / "build") -> None:
+    """Write the API reference as HTML, from the docstrings."""
+    from paper.reference import build as build_reference
+
+    print(build_reference(out / "reference"))
+
+
+@app.command
 def numbers() -> None:
     """Every number of the text, with the row and the column of the table that it was read from."""
     ledger = Ledger()

@@ -46,12 +46,16 @@ def shown(value: float, form: str) -> str:
     """A value as the paper prints it; what is NaN is not known.
 
     Example:
-        >>> shown(1.0149, ".2f"), shown(float("inf"), ".2f"), shown(float("nan"), ".2f"), shown(-0.5, ".1f")
-        ('1.01', '∞', '–', '−0.5')
+        >>> [shown(value, ".2f") for value in (1.0149, -0.5, -0.001, float("inf"), float("nan"))]
+        ['1.01', '−0.50', '0.00', '∞', '–']
     """
     if math.isnan(value):
         return "–"
-    return f"{value:{form}}".replace("-", "−") if math.isfinite(value) else NEVER
+    if not math.isfinite(value):
+        return NEVER
+    text = f"{value:{form}}"
+    # What rounds to zero has no sign.
+    return (text.lstrip("-") if not any(digit in text for digit in "123456789") else text).replace("-", "−")
 
 
 def spread(value: float, low: float, high: float, form: str) -> str:

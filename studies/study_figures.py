@@ -259,8 +259,8 @@ def favourable(folder: Path) -> None:
             held = own[np.isfinite(own)] / 1e6
             left.plot(held, [height] * len(held), marker, color=colour, markersize=4, alpha=0.6, linestyle="none")
             if len(held) < len(own):
-                left.annotate(f"{len(own) - len(held)} of {len(own)} never", (1.01, height), fontsize=7, va="center",
-                             , xycoords=("axes fraction", "data"))  # fmt: skip
+                never, place = f"{len(own) - len(held)} of {len(own)} never", ("axes fraction", "data")
+                left.annotate(never, (1.01, height), fontsize=7, va="center", xycoords=place)
         left.set_yticks(range(len(order)), order)
         left.set_ylim(-0.6, len(order) - 0.4)
         left.set_xlabel(f"examples + {favourable_study.PRICE:,.0f} x updates to the target (millions)")

@@ -48,6 +48,11 @@ class TestText:
         # Whole percentages too, but for the confidence level.
         assert [found for found in re.findall(r"(\d+) ?%", prose) if found != "95"] == []
 
+    @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
+    def test_no_semicolon_is_swallowed(self, path):
+        """Right after a call in the text a semicolon ends the call and is not printed."""
+        assert re.findall(r'#n\("[^"]+"\);', path.read_text()) == []
+
     def test_a_typed_number_would_be_found(self, tmp_path):
         path = tmp_path / "section.typ"
         path.write_text("The loss is 1.37 of it, in 12 % of the runs.")
