@@ -22,8 +22,8 @@ from tests import reference
 from tests.test_controller import batches, sgd, small_model, squared
 
 WORLD = 2
-# torch's own faults, without this package too: 2.6 asks for the streams of a GPU, and gloo of 2.7 sums where FSDP2
-# wants the mean of float32.
+# Faults of torch, without this package too: 2.6 asks for the streams of a GPU, and gloo of 2.7 sums where FSDP2 wants
+# the mean of float32.
 sharding = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 of torch 2.6 and 2.7 is broken on CPUs")
 
 REPLICATED_OR_SHARDED = [pytest.param(False, id="replicated"), pytest.param(True, id="sharded", marks=sharding)]
