@@ -325,6 +325,45 @@ def frontier(ledger: Ledger) -> None:
         holds(f"{arm} is inside the frontier of the {network} network", row["q high"] < 1)
 
 
+def origin(ledger: Ledger) -> None:
+    """Which choices make the origin's instability appear, and its table."""
+    place = "origin/choices"
+    table = ledger.frame(place)
+    settings = table[["optimizer", "batch", "lr"]].drop_duplicates().to_dict("records")
+    rows = []
+    for (residual, norm), part in table.groupby(["residual", "norm"], sort=False):
+        row = [f"{residual}, {norm}"]
+        for one in settings:
+            own = part[(part["optimizer"] == one["optimizer"]) & (part["batch"] == one["batch"])]
+            own = own[own["lr"] == one["lr"]].iloc[0]
+            row.append("diverged" if own["diverged"] else shown(own["final"], ".0f"))
+        rows.append(row)
+    heads = [f"{one['optimizer']} {one['batch']:.0f}, {one['lr']:g}" for one in settings]
+    ledger.table("choices", place, ["skip, normalisation", *heads], rows)
+    counts = table.groupby("residual")["diverged"].agg(["sum", "size"])
+    holds("only unscaled skips diverge", set(counts.index[counts["sum"] > 0]) == {"identity"})
+    said = f"{place}: residual = identity: diverged"
+    ledger.add("origin.diverged", f"{counts.loc['identity', 'sum']:.0f}", f"{said}: sum")
+    ledger.add("origin.tried", f"{counts.loc['identity', 'size']:.0f}", f"{said}: rows")
+    plain = table[(table["residual"] == "none") & (table["batch"] == 256)]["final"]
+    ledger.add(
+        "origin.plain", _between(plain, ".0f"), f"{place}: residual = none, batch = 256: final, smallest to largest"
+    )
+    spread = ledger.frame("origin/histograms").groupby(["network", "step"])["spread"].first()
+    last = spread.index.get_level_values("step").max()
+    for name, network in (("G2", "G2: residual AE"), ("G3", "G3: residual AE, large batch")):
+        source = f"origin/histograms: network = {network}: spread at step"
+        if name == "G2":
+            ledger.add(f"origin.{name} first", shown(spread[network, 1], ".2g"), f"{source} 1")
+        ledger.add(f"origin.{name} last", shown(spread[network, last], ".2g"), f"{source} {last}")
+    ratio = spread["G3: residual AE, large batch", last] / spread["G2: residual AE", last]
+    holds("the large batch's last histogram is as wide as the small one's", 0.9 < ratio < 1.1)
+
+
+def _between(values: pd.Series, form: str) -> str:
+    return " to ".join(dict.fromkeys(shown(value, form) for value in (values.min(), values.max())))
+
+
 def favourable(ledger: Ledger) -> None:
     """The setting that theory favours."""
     place = "favourable/costs"
@@ -381,6 +420,7 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     cost,
     protocol,
     comparison,
+    origin,
     depth,
     favourable,
     sensitivity,
