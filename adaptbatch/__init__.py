@@ -33,7 +33,7 @@ from adaptbatch.rules import (
 from adaptbatch.schedule import ScheduleDriver
 from adaptbatch.watch import Logger, ProgressLine, TensorBoardLogger, WandbLogger
 
-__version__ = "0.1.0.dev4"
+__version__ = "0.1.0"
 
 __all__ = [
     "CABS",
