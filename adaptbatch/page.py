@@ -136,15 +136,24 @@ def report(
 
 
 # What a notebook shows of each window.
-SHORT = ("optimizer_step", "examples_seen", "accumulation_steps", "global_batch", "reason", "loss", "noise_scale")
+SHORT = (
+    "optimizer_step",
+    "examples_seen",
+    "accumulation_steps",
+    "global_batch",
+    "reason",
+    "loss",
+    "noise_scale",
+    "relative_error",
+)
 
 
 def notebook(frame: pd.DataFrame) -> str:
     """A history in a notebook: its summary, its first and its last windows."""
     if frame.empty:
         return "<p>History of no window yet</p>"
-    columns = [*SHORT, "relative_error"]
-    ends = frame[columns] if len(frame) <= 10 else pd.concat([frame[columns].head(5), frame[columns].tail(5)])
+    shown = frame[list(SHORT)]
+    ends = shown if len(frame) <= 10 else pd.concat([shown.head(5), shown.tail(5)])
     text = (
         "{% macro grid(table) %}<table><thead><tr>{% for name, _ in table.columns %}<th>{{ name }}</th>{% endfor %}"
         "</tr></thead><tbody>{% for row in table.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>"
