@@ -62,6 +62,28 @@ def shuffled_passes(inputs: Tensor, task: Task, seed: int) -> Iterator[Tensor]:
         left -= len(order)
 
 
+class _Losses:
+    """Losses of micro-batches, read from the device at the end.
+
+    In blocks: a tensor of its own for each loss, kept between the large ones that come and go, would leave the heap no
+    hole that they fit in, and a long run would take all memory.
+    """
+
+    def __init__(self, device: str, block: int = 4096) -> None:
+        self._device, self._block, self._count = device, block, 0
+        self._blocks: list[Tensor] = []
+
+    def append(self, loss: Tensor) -> None:
+        place = self._count % self._block
+        if place == 0:
+            self._blocks.append(torch.empty(self._block, device=self._device))
+        self._blocks[-1][place].copy_(loss.detach())
+        self._count += 1
+
+    def values(self) -> np.ndarray:
+        return torch.cat(self._blocks)[: self._count].cpu().double().numpy()
+
+
 def train(
     task: Task,
     arm: Arm,
@@ -96,7 +118,7 @@ def train(
     # Every rank samples codes of its own.
     codes = torch.Generator(device).manual_seed(seed + 1_000_003 * ranks.rank())
     trained, loss_of = ranks.synchronised(model)
-    losses: list[Tensor] = []
+    losses = _Losses(device)
     extra: list[dict[str, float]] = []
     seen, next_probe = 0.0, 0.0
     with ab.BatchController(
@@ -114,7 +136,7 @@ def train(
             own = ranks.share(x)
             loss = loss_of(own, codes)
             controller.backward(loss, weight=len(own))
-            losses.append(loss.detach())
+            losses.append(loss)
             seen += len(x)
             if controller.step_due:
                 optimizer.param_groups[0]["lr"] = arm.learning_rate(seen)
@@ -132,7 +154,7 @@ def train(
                     # Parameters that are not finite stay so.
                     break
     table = controller.history.to_pandas()
-    micro = pd.Series(torch.stack(losses).cpu().double().numpy())
+    micro = pd.Series(losses.values())
     window = table.index.repeat(table["accumulation_steps"])
     table = table.assign(
         study=study,
