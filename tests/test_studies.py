@@ -20,7 +20,7 @@ from torch import nn
 
 import adaptbatch as ab
 from adaptbatch.history import COLUMNS as HISTORY
-from studies import accuracy, analysis, contenders, data, overhead, quick, schema
+from studies import accuracy, analysis, contenders, data, overhead, quick, schema, training
 from studies.arms import Arm, Warmup
 from studies.networks import Autoencoder, ResidualLayer, fit_width
 from studies.runner import Run, run_all
@@ -154,6 +154,15 @@ class TestTraining:
         assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
         assert first.tolist() != second.tolist()
         assert all(map(torch.equal, batches, shuffled_passes(inputs, task, seed=0)))
+
+    def test_losses_are_kept_in_blocks_and_in_order(self):
+        """A tensor for each loss of a long run let its memory grow without end."""
+        losses = training._Losses("cpu", block=4)
+        for value in range(10):
+            losses.append(torch.tensor(float(value), requires_grad=True) * 2)
+        assert losses.values().tolist() == [2.0 * value for value in range(10)]
+        assert [len(block) for block in losses._blocks] == [4, 4, 4]
+        assert not any(block.requires_grad for block in losses._blocks)
 
     def test_a_run_is_a_table_of_the_schema(self):
         seen: list[float] = []
