@@ -185,7 +185,8 @@ def collect(study: Study, options: Options, found: Found) -> tuple[pd.DataFrame,
             continue
         labels = {"study": study.name, "preset": options.preset, "arm": run.arm.name, **dict(run.labels)}
         rows.append(labels | {name: value for name, value in found[run].items() if name not in labels})
-        if run.key not in seen:
+        # A run that broke off before its first evaluation has no curve.
+        if run.key not in seen and run.key in found.curves:
             curves.append(found.curves[run.key].assign(key=run.key))
         seen.add(run.key)
     if not rows:

@@ -244,6 +244,14 @@ class TestSweep:
         assert np.repeat(found[planned[0]]["schedule_k"], found[planned[0]]["schedule_windows"]).sum() == 10
         assert len(curves) == sum(len(found.curves[run.key]) for run in planned)
 
+    def test_a_committed_run_may_have_no_curve(self, tmp_path):
+        """It broke off before its first evaluation."""
+        runs, curves = carry_out(study(ARMS), Options(), Where(1), tmp_path, tmp_path / "store")
+        write_atomically(curves[curves["key"] != runs["key"].iloc[0]], tmp_path / "tiny" / "curves.parquet")
+        again, left = collect(study(ARMS), Options(), Found(tmp_path / "elsewhere", [tmp_path / "tiny"]))
+        assert again["key"].tolist() == runs["key"].tolist()
+        assert set(left["key"]) == set(runs["key"].iloc[1:])
+
     def test_a_name_is_no_part_of_a_run(self):
         one = Run(sweep.SHARED, TINY, ARMS[0], 0)
         assert one.key == Run(sweep.SHARED, TINY, replace(ARMS[0], name="other"), 0, (("stage", "x"),)).key
