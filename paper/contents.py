@@ -358,6 +358,29 @@ def origin(ledger: Ledger) -> None:
         ledger.add(f"origin.{name} last", shown(spread[network, last], ".2g"), f"{source} {last}")
     ratio = spread["G3: residual AE, large batch", last] / spread["G2: residual AE", last]
     holds("the large batch's last histogram is as wide as the small one's", 0.9 < ratio < 1.1)
+    _t1(ledger)
+
+
+def _t1(ledger: Ledger) -> None:
+    """The origin's table beside its own numbers."""
+    place = "origin/T1"
+    rows = []
+    for row in ledger.frame(place).to_dict("records"):
+        measured = [shown(row[name], ".1f") for name in ("train loss", "valid loss")]
+        measured += [shown(row.get(f"AUROC, class {digit}", math.nan), ".2f") for digit in ("0.0", "1.0")]
+        reported = [shown(row.get(f"origin's {name}", math.nan), form) for name, form in REPORTED]
+        batch, spikes = shown(row["mean n"], ",.0f"), shown(row["spikes"], ",.0f")
+        rows.append([str(row["row"]), shown(row["classes"], ".0f"), *measured, spikes, batch, *reported])
+    head = ["", "classes", "train", "valid", "AUROC, 0", "AUROC, 1", "spikes", "mean batch"]
+    ledger.table("t1", place, [*head, "report: train", "valid", "AUROC"], rows)
+    for name, column, form in (("train", "train loss", ".1f"), ("auroc 0", "AUROC, class 0.0", ".2f")):
+        ledger.cell(f"t1.plain {name}", place, column, form, row="VAE, 256")
+    ledger.cell("t1.plain auroc 1", place, "AUROC, class 1.0", ".2f", row="VAE, 256")
+    ledger.cell("t1.report plain", place, "origin's train loss", ".1f", row="VAE, 256")
+
+
+# Of the report's table.
+REPORTED = (("train loss", ".1f"), ("valid loss", ".1f"), ("auroc", ".2f"))
 
 
 def _between(values: pd.Series, form: str) -> str:
