@@ -18,6 +18,12 @@ class LedgerError(LookupError):
     """A number of the paper has no place in the results, or more than one."""
 
 
+def holds(sentence: str, condition: bool) -> None:
+    """Stop the build where the results no longer say what the text does."""
+    if not condition:
+        raise LedgerError(f"The results do not say that {sentence}; the text must change with them.")
+
+
 @dataclass(frozen=True)
 class Number:
     """What stands in the text, and where it was read.

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import adaptbatch as ab
-from adaptbatch import page
+from adaptbatch import curves, page
 from adaptbatch.history import COLUMNS, History
 from studies.results import RESULTS
 
@@ -101,12 +101,12 @@ class TestContent:
         text = ab.report(frame, tmp_path / "long.html").read_text()
         assert "thinned" in text
         assert len(text) < 7_000_000
-        assert page.thinned(frame, "loss")["loss"].max() == 77.0
+        assert curves.thinned(frame, "loss")["loss"].max() == 77.0
         assert "thinned" not in ab.report(made_up(500), tmp_path / "short.html").read_text()
 
     def test_stretches_cover_the_run(self):
         for windows in (7, 100, 5_000):
-            pieces = list(page.segments(made_up(windows)))
+            pieces = list(curves.segments(made_up(windows)))
             assert pieces[0][0] == 0.0
             for (start, width, reason), (following, _, other) in itertools.pairwise(pieces):
                 assert start + width == pytest.approx(following)

@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 import adaptbatch as ab
-from paper import build, contents
-from paper.ledger import Ledger, LedgerError, shown
+from paper import build, contents, method
+from paper.ledger import Ledger, LedgerError, holds, shown
+from studies import depth
 from studies.results import RESULTS, write_atomically
 
 PAPER = Path(build.__file__).parent
@@ -83,7 +84,10 @@ class TestNumbers:
     def test_constants_are_the_codes(self):
         rule, limits = ab.RelativeStandardError(), ab.Limits()
         found = {"z grow": rule.z_grow, "z shrink": rule.z_shrink, "max shrink": limits.max_shrink}
-        assert found == contents.CONSTANTS
+        assert found == method.CONSTANTS
+
+    def test_what_the_depth_study_looked_at_is_the_codes(self, ledger):
+        assert ledger.numbers["depth.examples"].text == str(depth.SCALES["laptop"].examples)
 
     def test_symbols_are_the_codes(self):
         names = re.findall(r'raw\("([\w.]+)"\)', (PAPER / "sections" / "loop.typ").read_text())
@@ -126,9 +130,9 @@ class TestNumbers:
             ledger.add("x", "2", "there")
 
     def test_a_sentence_that_fails_stops_the_build(self):
-        contents.holds("one is one", True)
+        holds("one is one", True)
         with pytest.raises(LedgerError, match="do not say that it helps"):
-            contents.holds("it helps", False)
+            holds("it helps", False)
 
     def test_minus_signs_are_minus_signs(self):
         assert shown(-1.25, ".1f") == "−1.2"

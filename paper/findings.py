@@ -1,0 +1,218 @@
+"""The smaller studies in figures: origin, depth, sensitivity, frontier, the setting that theory favours."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from paper.ledger import Ledger, holds, shown, spread
+
+
+def depth(ledger: Ledger) -> None:
+    """How absolute and relative noise grow with depth, by architecture."""
+    place = "depth/growth"
+    powers = ledger.frame(place).set_index(["architecture", "updates", "quantity"])
+    means = ledger.frame("depth/noise_by_depth").set_index(["architecture", "updates", "depth"])["noise_scale"]
+    deepest, shallow = means.index.get_level_values("depth").max(), 10
+    last = means.index.get_level_values("updates").max()
+    rows = []
+    for name in dict.fromkeys(powers.index.get_level_values("architecture")):
+        row = [str(name)]
+        for quantity in ("noise_trace", "noise_scale"):
+            row.append(_power(powers, (name, 0, quantity)))
+        row += [shown(float(means.get((name, 0, layers), math.nan)), ",.0f") for layers in (shallow, deepest)]
+        row.append(_power(powers, (name, last, "noise_scale")))
+        row += [shown(float(means.get((name, last, layers), math.nan)), ",.0f") for layers in (shallow, deepest)]
+        rows.append(row)
+    start = ["power of tr Σ", "power of B", f"B, {shallow}", f"B, {deepest}"]
+    ledger.table("depth", place, ["", *start, "power of B, later", f"B, {shallow}", f"B, {deepest}"], rows)
+    ledger.add("depth.updates", shown(float(last), ",.0f"), f"{place}: largest updates")
+    for name, architecture, quantity in (
+        ("residual trace", "residual", "noise_trace"),
+        ("residual scale", "residual", "noise_scale"),
+        ("branch scale", "branch-LN", "noise_scale"),
+    ):
+        where = {"architecture": architecture, "updates": 0, "quantity": quantity}
+        ledger.interval(f"depth.{name}", place, "power", ".2f", **where)
+    where = {"architecture": "branch-LN", "updates": last, "quantity": "noise_scale"}
+    ledger.interval("depth.branch scale later", place, "power", ".2f", **where)
+    holds("the relative noise of branch-LN falls with depth later", powers.loc[tuple(where.values()), "high"] < 0)
+    start = powers.xs((0, "noise_trace"), level=("updates", "quantity"))
+    holds("normalised branches grow by a power of three", bool((start.loc[["pre-LN", "branch-LN"], "power"] > 3).all()))
+    verdicts = ledger.frame("depth/claims").set_index(["claim", "where"])["verdict"]
+    for name in ("residual", "scaled", "rezero"):
+        holds(f"the relative noise of {name} does not grow", verdicts["D2", name] == "not supported")
+    holds("that of branch-LN does at first", verdicts["D2", "branch-LN"] == "supported")
+    noise = ledger.frame("depth/noise")
+    errors = pd.concat(
+        (noise[f"estimated_{one}"] - noise[one]) / noise[f"se_{one}"] for one in ("noise_trace", "grad_sq_norm")
+    )
+    said = "depth/noise: (estimated_x - x) / se_x, x = noise_trace, grad_sq_norm"
+    ledger.add("depth.checks", str(len(errors)), f"{said}: count")
+    ledger.add("depth.estimates", f"{(errors.abs() < 2).mean():.0%}", f"{said}: share within 2")
+    ledger.add("depth.examples", "512", "the code: SCALES of studies/depth.py: examples of the laptop preset")
+
+
+def _power(powers: pd.DataFrame, key: tuple[object, ...]) -> str:
+    if key not in powers.index:
+        return "–"
+    own = powers.loc[key]
+    return spread(own["power"], own["low"], own["high"], ".2f")
+
+
+def sensitivity(ledger: Ledger) -> None:
+    """How wide the range of every knob is."""
+    rows = [
+        [
+            str(row["network"]),
+            str(row["knob"]),
+            shown(row["values"], ".0f"),
+            f"{row['best value']:g}",
+            shown(row["share within 10 %"], ".0%"),
+            shown(row["worst / best"], ".2f"),
+        ]
+        for row in ledger.frame("sensitivity/knobs").to_dict("records")
+    ]
+    head = ["network", "knob", "values", "best", "within 10 %", "worst / best"]
+    ledger.table("knobs", "sensitivity/knobs", head, rows)
+    for name, network, knob in (
+        ("noisy warmup", "noisy", "warmup length"),
+        ("noisy theta", "noisy", "theta"),
+        ("calm warmup", "calm", "warmup length"),
+        ("calm theta", "calm", "theta"),
+    ):
+        where = {"network": network, "knob": knob}
+        ledger.cell(f"knobs.{name} share", "sensitivity/knobs", "share within 10 %", ".0%", **where)
+    table = ledger.frame("sensitivity/knobs").set_index(["network", "knob"])["share within 10 %"]
+    holds("warmup is the most sensitive on the noisy network", table["noisy"].idxmin() == "warmup length")
+    runs = ledger.frame("sensitivity/runs")
+    own = runs[(runs["stage"] == "knob") & (runs["network"] == "calm") & (runs["knob"] == "micro-batch")]
+    for name, size in (("small", 32.0), ("usual", 64.0)):
+        part = own[own["value"] == size]
+        said = f"sensitivity/runs: stage = knob, network = calm, knob = micro-batch, value = {size:g}: mean of"
+        ledger.add(f"knobs.{name} micro", f"{size:g}", said)
+        ledger.add(f"knobs.{name} final", shown(part["final"].mean(), ".1f"), f"{said} final")
+        if name == "small":
+            ledger.add(f"knobs.{name} batch", shown(part["mean_batch"].mean(), ".0f"), f"{said} mean_batch")
+    verdicts = ledger.frame("sensitivity/claims")
+    holds("S2 is undecided everywhere", set(verdicts.loc[verdicts["claim"] == "S2", "verdict"]) == {"undecided"})
+
+
+def frontier(ledger: Ledger) -> None:
+    """The fixed batches' hyperbola, and where the methods lie."""
+    rows = [
+        [
+            str(row["network"]),
+            str(row["arm"]),
+            shown(row["reached"], ".0%"),
+            shown(row["updates"], ",.0f"),
+            shown(row["examples"], ",.0f"),
+            spread(row["q"], row["q low"], row["q high"], ".2f"),
+        ]
+        for row in ledger.frame("frontier/methods").to_dict("records")
+        if row["arm"] in ("adaptive", "adaptive, theta", "adaptive, clip", "warmup", "ramp", "clip", "rezero")
+    ]
+    head = ["network", "arm", "reached", "updates", "examples", "q (95 %)"]
+    ledger.table("frontier", "frontier/methods", head, rows)
+    for network in ("noisy", "calm"):
+        ledger.interval(f"frontier.{network} S", "frontier/fit", "S_min", ",.0f", network=network)
+        ledger.interval(f"frontier.{network} E", "frontier/fit", "E_min", ",.0f", network=network)
+        ledger.interval(f"frontier.{network} q", "frontier/methods", "q", ".2f", network=network, arm="adaptive")
+        ledger.cell(f"frontier.{network} loss", "frontier/fit", "target", ".1f", network=network)
+    for network, arm in (("noisy", "rezero"), ("noisy", "clip"), ("calm", "adaptive, clip")):
+        row = ledger.row("frontier/methods", {"network": network, "arm": arm})
+        holds(f"{arm} is inside the frontier of the {network} network", row["q high"] < 1)
+
+
+def origin(ledger: Ledger) -> None:
+    """Which choices make the origin's instability appear, and its table."""
+    place = "origin/choices"
+    table = ledger.frame(place)
+    settings = table[["optimizer", "batch", "lr"]].drop_duplicates().to_dict("records")
+    rows = []
+    for (residual, norm), part in table.groupby(["residual", "norm"], sort=False):
+        row = [f"{residual}, {norm}"]
+        for one in settings:
+            own = part[(part["optimizer"] == one["optimizer"]) & (part["batch"] == one["batch"])]
+            own = own[own["lr"] == one["lr"]].iloc[0]
+            row.append("diverged" if own["diverged"] else shown(own["final"], ".0f"))
+        rows.append(row)
+    heads = [f"{one['optimizer']} {one['batch']:.0f}, {one['lr']:g}" for one in settings]
+    ledger.table("choices", place, ["skip, normalisation", *heads], rows)
+    counts = table.groupby("residual")["diverged"].agg(["sum", "size"])
+    holds("only unscaled skips diverge", set(counts.index[counts["sum"] > 0]) == {"identity"})
+    said = f"{place}: residual = identity: diverged"
+    ledger.add("origin.diverged", f"{counts.loc['identity', 'sum']:.0f}", f"{said}: sum")
+    ledger.add("origin.tried", f"{counts.loc['identity', 'size']:.0f}", f"{said}: rows")
+    plain = table[(table["residual"] == "none") & (table["batch"] == 256)]["final"]
+    ledger.add(
+        "origin.plain", _between(plain, ".0f"), f"{place}: residual = none, batch = 256: final, smallest to largest"
+    )
+    spread = ledger.frame("origin/histograms").groupby(["network", "step"])["spread"].first()
+    last = spread.index.get_level_values("step").max()
+    for name, network in (("G2", "G2: residual AE"), ("G3", "G3: residual AE, large batch")):
+        source = f"origin/histograms: network = {network}: spread at step"
+        if name == "G2":
+            ledger.add(f"origin.{name} first", shown(spread[network, 1], ".2g"), f"{source} 1")
+        ledger.add(f"origin.{name} last", shown(spread[network, last], ".2g"), f"{source} {last}")
+    ratio = spread["G3: residual AE, large batch", last] / spread["G2: residual AE", last]
+    holds("the large batch's last histogram is as wide as the small one's", 0.9 < ratio < 1.1)
+    _t1(ledger)
+
+
+def _t1(ledger: Ledger) -> None:
+    """The origin's table beside its own numbers."""
+    place = "origin/T1"
+    rows = []
+    for row in ledger.frame(place).to_dict("records"):
+        measured = [shown(row[name], ".1f") for name in ("train loss", "valid loss")]
+        measured += [shown(row.get(f"AUROC, class {digit}", math.nan), ".2f") for digit in ("0.0", "1.0")]
+        reported = [shown(row.get(f"origin's {name}", math.nan), form) for name, form in REPORTED]
+        batch, spikes = shown(row["mean n"], ",.0f"), shown(row["spikes"], ",.0f")
+        rows.append([str(row["row"]), shown(row["classes"], ".0f"), *measured, spikes, batch, *reported])
+    head = ["", "classes", "train", "valid", "AUROC, 0", "AUROC, 1", "spikes", "mean batch"]
+    ledger.table("t1", place, [*head, "report: train", "valid", "AUROC"], rows)
+    for name, column, form in (("train", "train loss", ".1f"), ("auroc 0", "AUROC, class 0.0", ".2f")):
+        ledger.cell(f"t1.plain {name}", place, column, form, row="VAE, 256")
+    ledger.cell("t1.plain auroc 1", place, "AUROC, class 1.0", ".2f", row="VAE, 256")
+    ledger.cell("t1.report plain", place, "origin's train loss", ".1f", row="VAE, 256")
+
+
+# Of the report's table.
+REPORTED = (("train loss", ".1f"), ("valid loss", ".1f"), ("auroc", ".2f"))
+
+
+def _between(values: pd.Series, form: str) -> str:
+    return " to ".join(dict.fromkeys(shown(value, form) for value in (values.min(), values.max())))
+
+
+def favourable(ledger: Ledger) -> None:
+    """The setting that theory favours."""
+    place = "favourable/costs"
+    table = ledger.frame(place)
+    rows = [
+        [
+            str(row["arm"]),
+            shown(row["reached"], ".0%"),
+            shown(row["cost"] / 1e3, ",.0f"),
+            spread(row["of best fixed"], row["of best fixed low"], row["of best fixed high"], ".2f"),
+            shown(row["mean n"], ",.0f"),
+        ]
+        for row in table.to_dict("records")
+    ]
+    head = ["arm", "reached", "cost (thousands)", "of the best fixed (95 %)", "mean batch"]
+    ledger.table("favourable", place, head, rows)
+    attainable = float(table["attainable"].iloc[0])
+    ledger.add("favourable.attainable", f"{1 - attainable:.1%}", f"{place}: 1 - attainable")
+    for name, arm in (("pareto", "pareto"), ("pareto sqrt", "pareto, sqrt rate"), ("adaptive", "adaptive")):
+        ledger.interval(f"favourable.{name}", place, "of best fixed", ".2f", arm=arm)
+    best = table.loc[table["best fixed"], "arm"].iloc[0]
+    ledger.add("favourable.best", best.split()[1], f"{place}: best fixed = True: arm")
+    ledger.cell("favourable.best final", place, "final", ".1f", arm=best)
+    ledger.cell("favourable.pareto final", place, "final", ".1f", arm="pareto")
+    verdicts = ledger.frame("favourable/claims").set_index(["claim", "what"])["verdict"]
+    said = "cost to target, {} / best fixed, is below 1"
+    holds("whether Pareto is cheaper is undecided", verdicts["F2", said.format("pareto")] == "undecided")
+    coupled = verdicts["F2", said.format("pareto, sqrt rate")]
+    holds("the coupled one is not cheaper", coupled == "not supported")
