@@ -7,12 +7,14 @@ every optimizer's rate tuned over three decades of its own, on the noisy network
   momentum: ratio of the best ``final`` at 1024 to that at 64, pair by pair (Adam with and without beta1, gradient
   descent with and without momentum), over fresh seeds.
 * M2: momentum gains more rates from a large batch: the ratio of the largest rates that work (``final`` at most 1.5
-  times the best) at 1024 and at 64. Theory: momentum's larger margin needs a batch of ``(1 + beta) / (1 - beta)`` times
+  times the seed's best, between two rates by the line through their logarithms) at 1024 and at 64, pair by pair over
+  fresh seeds, every rate on each. Theory: momentum's larger margin needs a batch of ``(1 + beta) / (1 - beta)`` times
   the size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -76,7 +78,7 @@ def _run(
 
 
 def plan(options: Options, found: Found) -> list[Run]:
-    """Tuning of every optimizer at both batches, then fresh seeds at the best rate."""
+    """Tuning of every optimizer at both batches, then fresh seeds at the best rate, and the pairs' at every rate."""
     scale = comparison.SCALES[options.preset]
     data = (options.data or (scale.home,))[0]
     seeds = range(options.seeds or SEEDS[options.preset])
@@ -89,7 +91,14 @@ def plan(options: Options, found: Found) -> list[Run]:
             if all(row is not None for row in rows):
                 best = trials_[int(np.argmin([row["final"] for row in rows if row is not None]))]
                 runs += [_run("final", name, batch, data, scale, best.arm.lr, seed) for seed in seeds]
-    return runs
+    return runs + [
+        _run("rates", name, batch, data, scale, params["lr"], seed, index)
+        for seed in seeds
+        for pair in PAIRS
+        for name in pair
+        for batch in BATCHES
+        for index, params in enumerate(trials({"lr": KINDS[name].rates}, scale.trials))
+    ]
 
 
 def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -115,24 +124,62 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
             }
         )
     table = pd.DataFrame(rows)
-    return {"optimizers": table, "claims": claims(table, final)}
+    limits = largest_rates(runs[runs["stage"] == "rates"])
+    return {"optimizers": table, "limits": limits, "claims": claims(final, limits)}
 
 
-def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+def largest_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """The largest rate that works for each optimizer, batch and seed whose rates have all been tried."""
+    keys = ["method", "batch", "seed"]
+    tried = runs.groupby(keys, sort=False)["trial"].nunique()
+    rows = [
+        dict(zip(keys, key, strict=True)) | {"largest": largest_that_works(part["lr"], part["final"])}
+        for key, part in runs.groupby(keys, sort=False)
+        if tried[key] == tried.max()
+    ]
+    return pd.DataFrame(rows, columns=[*keys, "largest"])
+
+
+def largest_that_works(rates: pd.Series, losses: pd.Series) -> float:
+    """Where the loss last crosses 1.5 times its smallest value, on the line through the logarithms of two rates.
+
+    Losses beyond ten times the smallest, of runs that diverged too, count as ten times: by how much a run fails does
+    not matter. NaN where all diverged.
+
+    Example:
+        >>> round(largest_that_works(pd.Series([1.0, 10.0, 100.0]), pd.Series([2.0, 1.0, 2.25])), 2)
+        31.62
+    """
+    by_rate = pd.Series(losses.to_numpy(float), index=np.log(rates.to_numpy(float))).sort_index()
+    if not math.isfinite(by_rate.min()):
+        return math.nan
+    excess = np.log((by_rate / by_rate.min()).clip(upper=10.0))
+    last = int(np.flatnonzero(excess <= math.log(WORKS))[-1])
+    if last == len(excess) - 1:
+        return float(rates.max())
+    part = excess.iloc[last : last + 2]
+    return math.exp(np.interp(math.log(WORKS), part.to_numpy(), part.index.to_numpy()))
+
+
+def claims(final: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
     """M1 and M2 for the pairs that differ in nothing but momentum."""
-    small, large = BATCHES
-    gain = table.pivot_table(index="optimizer", columns="batch", values="largest that works")
+    effects = {"M1": _of_batches(final, "final"), "M2": 1 / _of_batches(limits, "largest")}
+    said = {"M1": "loss at {} / loss at {}", "M2": "largest rate that works at {1} / at {0}"}
     rows = []
-    for with_, without in PAIRS:
-        if with_ not in set(final["method"]) or without not in set(final["method"]):
-            continue
-        by = final.pivot_table(index=["method", "seed"], columns="batch", values="final", dropna=False)
-        effect = by[large] / by[small]
-        found, p = ratio(effect[with_].to_numpy(float), effect[without].to_numpy(float))
-        what = f"what batch {large} does to the loss ({large} / {small}): {with_} / {without}, is below 1"
-        row = {"claim": "M1", "what": what, "value": found.value, "low": found.low, "high": found.high, "p": p}
-        rows.append(row | {"verdict": found.below(1.0)})
-        rates = gain[large] / gain[small]
-        what = f"gain in the largest rate that works, {large} against {small}: {with_} / {without} (one tuning seed)"
-        rows.append({"claim": "M2", "what": what, "value": rates[with_] / rates[without], "verdict": "undecided"})
-    return pd.DataFrame(rows, columns=["claim", "what", "value", "low", "high", "p", "verdict"])
+    for claim, effect in effects.items():
+        for with_, without in PAIRS:
+            if {with_, without} <= set(effect.columns):
+                both = effect[[with_, without]].dropna()
+                found, p = ratio(both[with_].to_numpy(), both[without].to_numpy())
+                what = f"{said[claim].format(*reversed(BATCHES))}: {with_} / {without}, is below 1"
+                row = {"claim": claim, "what": what, "value": found.value, "low": found.low, "high": found.high, "p": p}
+                rows.append(row | {"seeds": len(both), "verdict": found.below(1.0)})
+    return pd.DataFrame(rows, columns=["claim", "what", "value", "low", "high", "p", "seeds", "verdict"])
+
+
+def _of_batches(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The column at the large batch over the column at the small one: a row for each seed, a column for each method."""
+    small, large = (
+        table[table["batch"] == batch].pivot_table(index="seed", columns="method", values=column) for batch in BATCHES
+    )
+    return (large / small).mask(np.isinf(large) & np.isinf(small), 1.0)

@@ -198,6 +198,35 @@ class TestOtherStudies:
         assert m1["value"] == pytest.approx(0.8)
         assert m1["verdict"] == "supported"
 
+    def test_momentum_gains_rates_from_a_large_batch(self):
+        # Without momentum both batches bear 1e-2; with it the small one bears 1e-3, the large one 1e-2. Each fails at
+        # the next rate to the same degree, so that interpolation moves all alike.
+        largest = {("sgd", 64): 1e-2, ("sgd", 1024): 1e-2, ("momentum", 64): 1e-3, ("momentum", 1024): 1e-2}
+        rows = []
+        for (method, batch), bound in largest.items():
+            for seed in range(3):
+                for trial, lr in enumerate((1e-4, 1e-3, 1e-2, 1e-1)):
+                    final = 30.0 + seed if lr <= bound else np.inf
+                    rows.append({"method": method, "batch": batch, "seed": seed, "trial": trial, "lr": lr})
+                    rows[-1]["final"] = final
+        limits = momentum.largest_rates(pd.DataFrame(rows))
+        assert len(limits) == 12
+        table = momentum.claims(pd.DataFrame(columns=["method", "seed", "batch", "final"]), limits)
+        m2 = table[table["claim"] == "M2"].iloc[0]
+        assert (m2["value"], m2["seeds"], m2["verdict"]) == (pytest.approx(0.1), 3, "supported")
+
+    def test_rates_of_a_seed_count_when_all_of_them_ran(self):
+        rows = [
+            {"method": "sgd", "batch": 64, "seed": seed, "trial": trial, "lr": 10.0**trial, "final": 1.0}
+            for seed in (0, 1)
+            for trial in range(3 - seed)
+        ]
+        assert momentum.largest_rates(pd.DataFrame(rows))["seed"].tolist() == [0]
+
+    def test_no_rate_works_where_all_diverge(self):
+        rates, losses = pd.Series([1.0, 2.0]), pd.Series([np.inf, np.inf])
+        assert np.isnan(momentum.largest_that_works(rates, losses))
+
     def test_the_width_of_a_knob_is_the_share_of_its_values_that_work(self):
         finals = {1.0: 30.0, 2.0: 32.9, 3.0: 33.1, 4.0: 60.0}
         knobs = pd.concat([made_up({"a": [final]}).assign(knob="k", value=value) for value, final in finals.items()])
