@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 from statsmodels.stats.multitest import multipletests
 
 Verdict = Literal["supported", "not supported", "undecided"]
@@ -99,6 +99,26 @@ def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[Interval, float]:
     test = stats.ttest_1samp(logs, 0.0)
     bounds = test.confidence_interval(LEVEL)
     return Interval(math.exp(mean), math.exp(bounds.low), math.exp(bounds.high)), float(test.pvalue)
+
+
+def expected_best(values: np.ndarray, draws: int) -> float:
+    """What the best of so many trials gives on average: the mean smallest of ``draws`` values, all subsets alike.
+
+    ``sum_k x_(k) C(B - k, m - 1) / C(B, m)`` for ``m`` of ``B`` trials in ascending order: the curve of Dodge et al.
+    2019 (arXiv:1909.03004), drawn without replacement, which makes it unbiased (Tang et al. 2020, arXiv:2004.13705).
+
+    Args:
+        values: Loss of each trial.
+        draws: From one to the number of trials.
+
+    Example:
+        >>> expected_best(np.array([3.0, 1.0, 2.0]), 2)
+        1.3333333333333333
+    """
+    if not 1 <= draws <= len(values):
+        raise ValueError(f"draws must be from 1 to the number of values ({len(values)}), got {draws}.")
+    left = len(values) - np.arange(1, len(values) + 1)
+    return float(np.sort(values) @ special.comb(left, draws - 1) / special.comb(len(values), draws))
 
 
 def holm(p: pd.Series) -> pd.Series:

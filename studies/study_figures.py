@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from studies import favourable as favourable_study
 from studies.figures import STYLE
 from studies.results import load, read_table
+from studies.verdicts import SWEEP
 
 # Okabe and Ito's colours; their lightness differs too, and so do the markers, so that grey tells them apart.
 KINDS: Mapping[str, tuple[str, str]] = {
@@ -86,6 +87,36 @@ def comparison(folder: Path) -> None:
         for axes in grid[-1]:
             axes.set_xlabel("final loss / that of the best fixed batch")
         save(figure, folder, "figure")
+    _budgets(read_table(folder / "budget.parquet"), folder)
+
+
+# Method to colour, line and marker.
+BUDGETS: Mapping[str, tuple[str, str, str]] = {
+    SWEEP: ("#777777", "-", "o"),
+    "fixed 64": ("#000000", ":", "o"),
+    "adaptive": ("#0072B2", "-", "D"),
+    "adaptive, theta": ("#56B4E9", "--", "s"),
+    "warmup": ("#E69F00", "--", "^"),
+    "clip": ("#009E73", "-.", "v"),
+}
+
+
+def _budgets(table: pd.DataFrame, folder: Path, most: int = 8) -> None:
+    """What to expect of so many trials, by network."""
+    networks = list(table["network"].unique())
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, len(networks), figsize=(8.4, 3.0), squeeze=False, layout="constrained")
+        for axes, network in zip(grid[0], networks, strict=True):
+            for method, (colour, style, marker) in BUDGETS.items():
+                own = table[(table["network"] == network) & (table["method"] == method) & (table["trials"] <= most)]
+                axes.plot(
+                    own["trials"], own["expected"], style, marker=marker, color=colour, markersize=4, label=method
+                )
+            axes.set_title(network)
+            axes.set_xlabel("trials")
+        grid[0, 0].set_ylabel("expected loss of the best trial")
+        grid[0, 0].legend(fontsize=7.5)
+        save(figure, folder, "budget")
 
 
 def _order(part: pd.DataFrame) -> list[str]:

@@ -8,17 +8,19 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from studies.statistics import TARGET_SLACK, Interval, holm, iqm, ratio, share, to_target
+from studies.statistics import TARGET_SLACK, Interval, expected_best, holm, iqm, ratio, share, to_target
 
 ADAPTIVE = "adaptive"
 MARGIN, TASKS_SHARE = 1.10, 0.8
+SWEEP = "fixed, any batch"
 CONTROLS = ("replay", "rate follows root", "rate follows", "constant mean", "random switching")
 
 
 def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """All that the comparison reports; a table is missing while its runs are."""
     reported = runs[runs["stage"].isin(["final", "control", "away"])]
-    found = {"tuning": tuning(runs[runs["stage"] == "tune"])}
+    tried = runs[runs["stage"] == "tune"]
+    found = {"tuning": tuning(tried), "budget": budget(tried)}
     if len(reported):
         times = targets(reported, curves)
         found["arms"] = arms(times)
@@ -65,6 +67,28 @@ def tuning(runs: pd.DataFrame) -> pd.DataFrame:
                     "regret": float((finals / best.min()).mean()),
                 }
             )
+    return pd.DataFrame(rows)
+
+
+def budget(runs: pd.DataFrame) -> pd.DataFrame:
+    """The loss to expect from so many trials of a method; :data:`SWEEP` draws among the fixed batches too.
+
+    Losses count at most as four times the network's best, so that a trial that diverged does not make all infinite.
+
+    Returns:
+        A row for each network, method and number of trials: ``expected``, and ``of best``, over the network's best.
+    """
+    rows = []
+    for network, part in runs.groupby("network", sort=False):
+        finals = part.groupby(["method", "trial"], sort=False)["final"].mean()
+        best = finals.min()
+        pools = {str(method): own for method, own in finals.groupby(level="method", sort=False)}
+        pools = {SWEEP: pd.concat([pools[arm] for arm in fixed_arms(runs)])} | pools
+        for method, own in pools.items():
+            for trials in range(1, len(own) + 1):
+                expected = expected_best(own.clip(upper=4 * best).to_numpy(), trials)
+                row = {"network": network, "method": method, "trials": trials, "expected": expected}
+                rows.append(row | {"of best": expected / best})
     return pd.DataFrame(rows)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from studies import frontier, momentum, sensitivity, verdicts
-from studies.statistics import Interval, holm, iqm, ratio, share, to_target
+from studies.statistics import Interval, expected_best, holm, iqm, ratio, share, to_target
 
 
 class TestStatistics:
@@ -48,6 +51,21 @@ class TestStatistics:
 
     def test_corrections_are_holms(self):
         assert holm(pd.Series([0.01, 0.03, 0.02])).tolist() == pytest.approx([0.03, 0.04, 0.04])
+
+    @given(
+        st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=7).flatmap(
+            lambda values: st.tuples(st.just(values), st.integers(1, len(values)))
+        )
+    )
+    def test_the_expected_best_is_the_mean_over_all_subsets(self, case):
+        values, draws = case
+        twin = np.mean([min(subset) for subset in itertools.combinations(values, draws)])
+        assert expected_best(np.array(values), draws) == pytest.approx(twin, abs=1e-9)
+
+    @pytest.mark.parametrize("draws", [0, 4])
+    def test_no_more_draws_than_values(self, draws):
+        with pytest.raises(ValueError, match=rf"draws must be from 1 to the number of values \(3\), got {draws}"):
+            expected_best(np.ones(3), draws)
 
     def test_shares_and_verdicts(self):
         found = share(0, 10)
@@ -137,6 +155,14 @@ class TestComparison:
         table = verdicts.tuning(runs).set_index("method")
         assert table.loc["fixed 64", "regret"] == pytest.approx(1.5)
         assert table.loc["adaptive", "regret"] == pytest.approx((1 + 4) / 2)
+
+    def test_a_sweep_draws_among_all_fixed_batches(self):
+        ends = {"fixed 64": [30.0, 60.0], "fixed 128": [40.0, 50.0], "adaptive": [33.0, math.inf]}
+        table = verdicts.budget(made_up(ends, stage="tune")).set_index(["method", "trials"])
+        assert table.loc[(verdicts.SWEEP, 1), "expected"] == pytest.approx(45.0)
+        assert table.loc[(verdicts.SWEEP, 4), "of best"] == pytest.approx(1.0)
+        assert table.loc[("adaptive", 1), "expected"] == pytest.approx((33 + 4 * 30) / 2)
+        assert table.loc[("adaptive", 2), "expected"] == pytest.approx(33.0)
 
     def test_together_is_normalised_within_a_task(self):
         ends = {"fixed 64": [30.0] * 4, "adaptive": [33.0] * 4}
