@@ -60,6 +60,9 @@ def build(out: Path = OUT) -> Path:
 def pages(out: Path = OUT, ppi: float = 110.0) -> list[Path]:
     """Write every page as a picture; the places of the files."""
     out.mkdir(parents=True, exist_ok=True)
+    # A shorter paper than the last one leaves no page of that.
+    for old in out.glob("page-*.png"):
+        old.unlink()
     places = []
     for number, picture in enumerate(compile_paper("png", ppi=ppi), start=1):
         places.append(out / f"page-{number:02d}.png")

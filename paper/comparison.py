@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from paper.ledger import Ledger, holds, shown, spread
+from studies.verdicts import SWEEP
 
 HOME = "mnist"
 
@@ -80,6 +81,7 @@ def arms(ledger: Ledger) -> None:
     ledger.interval("calm.w4 constant", "comparison/claims", "value", ".3f", **where)
     _noise_along(ledger)
     _stress(ledger)
+    _budget(ledger)
 
 
 def _ended(own: pd.Series) -> list[str]:
@@ -118,3 +120,27 @@ def _stress(ledger: Ledger) -> None:
     own = runs[(runs["stage"] == "stress") & (runs["arm"] == "fixed 64")]
     said = "comparison/runs: stage = stress, arm = fixed 64: sum of diverged"
     ledger.add("stress.small", str(int(own["diverged"].sum())), said)
+
+
+def _budget(ledger: Ledger) -> None:
+    """What to expect of so many trials, on the calm network."""
+    place, few = "comparison/budget", 2
+    table = ledger.frame(place)
+    expected = table.set_index(["network", "method", "trials"])["expected"].sort_index()
+    ledger.add("budget.few", str(few), "the code: _budget of paper/comparison.py")
+    for name, network, method in (
+        ("calm adaptive", "calm", "adaptive"),
+        ("calm sweep", "calm", SWEEP),
+        ("calm smallest", "calm", "fixed 64"),
+        ("noisy adaptive", "noisy", "adaptive"),
+        ("noisy sweep", "noisy", SWEEP),
+    ):
+        ledger.cell(f"budget.{name}", place, "expected", ".1f", network=network, method=method, trials=few)
+    sweep = expected["calm", SWEEP]
+    needed = int((sweep <= expected["calm", "adaptive", few]).idxmax())
+    ledger.add("budget.needed", str(needed), f"{place}: smallest trials of {SWEEP} with expected at most adaptive's")
+    several = range(1, 9)
+    for network in ("noisy", "calm"):
+        ours, theirs, known = (expected[network, method].loc[several] for method in ("adaptive", SWEEP, "fixed 64"))
+        holds(f"adaptive is ahead of the sweep at any number of trials ({network})", bool((ours < theirs).all()))
+        holds(f"who knows the best batch is ahead of adaptive ({network})", bool((known < ours).all()))
