@@ -82,15 +82,13 @@ def plan(options: Options, found: Found) -> list[Run]:
     scale = comparison.SCALES[options.preset]
     data = (options.data or (scale.home,))[0]
     seeds = range(options.seeds or SEEDS[options.preset])
-    runs = []
-    for name in KINDS:
-        for batch in BATCHES:
-            trials_ = list(tuning(name, batch, data, scale))
-            runs += trials_
-            rows = [found.get(run) for run in trials_]
-            if all(row is not None for row in rows):
-                best = trials_[int(np.argmin([row["final"] for row in rows if row is not None]))]
-                runs += [_run("final", name, batch, data, scale, best.arm.lr, seed) for seed in seeds]
+    tuned = {(name, batch): list(tuning(name, batch, data, scale)) for name in KINDS for batch in BATCHES}
+    runs = [run for trials_ in tuned.values() for run in trials_]
+    if any(run not in found for run in runs):
+        return runs
+    for (name, batch), trials_ in tuned.items():
+        best = trials_[int(np.argmin([found[run]["final"] for run in trials_]))]
+        runs += [_run("final", name, batch, data, scale, best.arm.lr, seed) for seed in seeds]
     return runs + [
         _run("rates", name, batch, data, scale, params["lr"], seed, index)
         for seed in seeds
