@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 
 Check = Callable[[str, Any], None]
 
@@ -233,6 +233,8 @@ _LOOP = _keys(
         finite=_FLAG,
         by_example=_FLAG,
     ),
+    cells_known=_SUM,
+    unequal=_number("be 0, 1 or 2", lambda x: x in (0, 1, 2)),
     pooled=_require_moments,
     metric=_require_moments,
     products=_require_moments,
@@ -286,6 +288,7 @@ _STATE = _keys(
             all_cells=_whole(1),
             pieces=_whole(1),
             due=_FLAG,
+            ended=_FLAG,
             weighted=_SCALAR,
             metric_weighted=_none_or(_SCALAR),
             loss_sum=_SCALAR,

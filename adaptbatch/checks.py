@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from numbers import Real
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def require_pair(model: object, optimizer: object) -> None:
+    """Refuse what are no module and optimizer, in this order."""
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"model must be a torch.nn.Module and optimizer a torch.optim.Optimizer, got {type(model).__name__} and "
+            f"{type(optimizer).__name__}; BatchController(model, optimizer) takes them in this order."
+        )
+
+
+def require_kind(name: str, value: object, kind: type, way_out: str) -> None:
+    """Refuse what is neither None nor one of ``kind``, its class included."""
+    if value is not None and (isinstance(value, type) or not isinstance(value, kind)):
+        shown = value.__name__ if isinstance(value, type) else repr(value)
+        raise TypeError(f"{name} must be a {kind.__name__} or None, got {name} = {shown}; {way_out}.")
+
+
+def require_plain_step(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose step evaluates the loss itself, as often as it likes."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer must step without a closure, got {type(optimizer).__name__}, whose step() evaluates the loss "
+            f"again: a window's mean and its noise are of one pass. Use a first-order optimizer."
+        )
 
 
 def require_scaler(scaler: object) -> None:
+    """Refuse what has not a GradScaler's methods."""
     missing = [name for name in ("scale", "unscale_", "step", "update") if not hasattr(scaler, name)]
     if scaler is not None and missing:
         raise ValueError(
@@ -17,16 +47,18 @@ def require_scaler(scaler: object) -> None:
 
 
 def checked_weight(weight: float) -> float:
+    """A micro-batch's weight as a float; refuse what weighs nothing, or would have to be read from a device."""
     if isinstance(weight, Tensor):
         raise ValueError(
             "weight must be a Python number, got a tensor: reading it would stall the device; pass len(x)."
         )
-    if isinstance(weight, bool) or not (0.0 < weight < math.inf):
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not (0.0 < weight < math.inf):
         raise ValueError(f"weight must be positive and finite, got weight = {weight!r}; skip an empty micro-batch.")
     return float(weight)
 
 
 def require_examples(weight: float, examples: int) -> None:
+    """Refuse a weight that is not the number of examples measured."""
     if weight != examples:
         raise ValueError(
             f"weight must be the number of examples with ghost=True, got weight = {weight!r} for {examples} examples; "
@@ -35,6 +67,7 @@ def require_examples(weight: float, examples: int) -> None:
 
 
 def require_scalar_loss(loss: Tensor) -> None:
+    """Refuse what cannot be back-propagated as a mean."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         kind = (
             f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else repr(loss)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from numbers import Real
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -18,7 +21,7 @@ from torch.optim import Optimizer
 
 from adaptbatch import noise
 from adaptbatch.checkpoint import STATE_VERSION, require_state
-from adaptbatch.checks import checked_weight, require_scalar_loss
+from adaptbatch.checks import checked_weight, require_kind, require_pair, require_scalar_loss
 from adaptbatch.distributed import Ranks, Sync, require_agreement
 from adaptbatch.explain import explain
 from adaptbatch.history import History, decision_row
@@ -51,7 +54,8 @@ class BatchController:
             compiled.
         optimizer: Its optimizer; the trainable parameters in its groups are measured.
         rule: Any :class:`~adaptbatch.Rule`; None is ``RelativeStandardError()``.
-        limits: Bounds on ``k``; None is ``Limits()``. They may be replaced under way: :attr:`limits`.
+        limits: Bounds on ``k``; None is ``Limits()``, or none for a rule that reads no noise, without a guard. They may
+            be replaced under way: :attr:`limits`.
         metric: ``"euclidean"``, or ``"adam"``: the decision is made in the coordinates in which the optimizer
             descends, squared gradients weighted by ``1 / (sqrt(v) + eps)`` with the second moment of the step before
             (:func:`~adaptbatch.optimizer_state.metric_scales`), once that is warm. Costs a second norm of gradients.
@@ -75,7 +79,8 @@ class BatchController:
 
     Raises:
         ValueError: If nothing is trainable, ``population`` is below 1, ``limits`` do not fit the rule, a layer has no
-            ghost norms, or the optimizer has not what ``metric`` or ``learning_rate`` needs.
+            ghost norms, or the optimizer has not what ``metric`` or ``learning_rate`` needs, or steps with a closure.
+        TypeError: If an argument is of another kind.
 
     Example:
         >>> import torch
@@ -109,7 +114,13 @@ class BatchController:
         sync: Sync = "last",
         skip_nonfinite: bool = True,
     ) -> None:
-        if population is not None and not population >= 1.0:
+        require_pair(model, optimizer)
+        require_kind(
+            "rule", rule, Rule, "RelativeStandardError() is the default, Fixed(4) takes 4 micro-batches always"
+        )
+        require_kind("guard", guard, Guard, "Guard() is the usual one")
+        require_kind("learning_rate", learning_rate, LearningRate, "the optimizer has the rate, this couples it")
+        if population is not None and not (isinstance(population, Real) and population >= 1.0):
             raise ValueError(
                 f"population must be at least 1 example, got population = {population!r}; None: unlimited."
             )
@@ -118,7 +129,10 @@ class BatchController:
         self.rule: Rule = RelativeStandardError() if rule is None else rule
         self._ranks = ranks = Ranks(model, process_group, sync)
         self._by_example = ghost
-        self._limits = self._resolved(Limits() if limits is None else limits)
+        if limits is None:
+            # An open-loop rule is bounded by itself.
+            limits = Limits() if self.rule.closed_loop or guard is not None else Limits(max_steps=sys.maxsize)
+        self._limits = self._resolved(limits)
         self.guard = guard
         self._stepper = Stepper(optimizer, scaler, learning_rate)
         self.history = History(self._settle)
@@ -134,7 +148,11 @@ class BatchController:
         self._backward_passes = 0
         self._late: FinishedWindow | None = None
         self._window = OpenWindow()
-        self._stream = Stream(ranks, lambda: self._window.cells + 1 >= self.accumulation_steps)
+        self._stream = Stream(
+            ranks,
+            fills=lambda: self._window.cells + 1 >= self.accumulation_steps,
+            pending=lambda: self._window.cells,
+        )
         self._restored: Mapping[str, Any] | None = None
         self._clippable = False
         self._shared: dict[str, float] = {}
@@ -156,6 +174,18 @@ class BatchController:
             world_size=ranks.world_size,
         )
         self._loop, self._decision = Loop(start).decided(self.rule, self.limits)
+        # A controller that is dropped without close(), as in a notebook cell run again, leaves no hook behind.
+        self._finalizer = weakref.finalize(self, self._sensor.close)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._window.cells} of {self.accumulation_steps} micro-batches"
+        return f"BatchController({self.rule!r}, {state}, {self._optimizer_step} steps)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a BatchController listens to one process's model and cannot be copied or pickled; take state_dict(), or "
+            "its history."
+        )
 
     @property
     def accumulation_steps(self) -> int:
@@ -214,6 +244,7 @@ class BatchController:
         Each item comes in a scope of its own, which synchronises ranks in a window's last. Ranks end together: when one
         has no next micro-batch, the others warn of what they have left over (:attr:`unused_micro_batches`).
         """
+        self._require_open()
         return self._stream.items(loader)
 
     def loader_state_dict(self) -> Any:
@@ -237,10 +268,6 @@ class BatchController:
         Raises:
             RuntimeError: If scopes are nested.
         """
-        if self._stream.used is not None:
-            raise RuntimeError(
-                "micro_batch() scopes must not be nested; micro_batches(loader) opens one for each item."
-            )
         with self._stream.scope(last):
             yield
 
@@ -279,6 +306,9 @@ class BatchController:
         self._restore()
         if self._window.cells == 0:
             self._open_window(loss, weight)
+        elif not self._ranks.several:
+            # DDP may lay out its buckets anew between two backward passes.
+            self._sensor.require_untouched("backward()")
         window, closes = self._window, self._stream.closes
         # Only a scope knows that this is the window's last; after a backward pass that synchronised, .grad is no
         # longer this rank's own.
@@ -291,7 +321,8 @@ class BatchController:
         self._backward_passes += 1
         if self._stream.used is not None:
             self._stream.used = True
-        window.due = self._stream.last or window.cells >= self.accumulation_steps
+        window.ended = self._stream.last
+        window.due = window.ended or window.cells >= self.accumulation_steps
 
     def close_window(self) -> None:
         """End the window with the micro-batches it has: ``step_due`` is true afterwards, unless it has none.
@@ -307,10 +338,11 @@ class BatchController:
                 "close_window() is too late on several ranks: the window's last micro-batch did not synchronise its "
                 "gradients; announce it with micro_batch(last=True), or iterate micro_batches(loader)."
             )
-        self._window.due = self._window.cells > 0
+        self._window.due = self._window.ended = self._window.cells > 0
 
     def discard_window(self) -> None:
         """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""
+        self._stepper.abandon()
         self.optimizer.zero_grad()
         self._window, self._restored = OpenWindow(), None
         self._sensor.forget()
@@ -340,6 +372,7 @@ class BatchController:
         self._restore()
         if self._window.norms.batch is not None:
             return
+        self._sensor.require_untouched("normalize_()")
         if unscale:
             self._stepper.unscale_()
         note = self._note() if self._ranks.several else {}
@@ -404,7 +437,8 @@ class BatchController:
         """Why ``k`` is what it is, in three sentences: what was measured, what was decided, what speaks against it."""
         self._settle()
         loop, rows = self._loop, self.history.to_pandas()
-        return explain(self.rule, loop.evidence(), loop.progress, self._decision, self.limits, rows, loop.shards)
+        cold = self._sensor.metric == "adam" and loop.metric.weight == 0.0
+        return explain(self.rule, loop.evidence(), loop.progress, self._decision, self.limits, rows, loop.shards, cold)
 
     def layer_noise(self) -> dict[str, NoiseEstimate]:
         """The unbiased pair of each parameter, by name, in a due window of one micro-batch; their sum is the whole's.
@@ -454,7 +488,8 @@ class BatchController:
         self._late = heard.pop() if self._read_late else None
         self._optimizer_step += not skipped
         finite = all(one.measurement.finite for one in heard)
-        loop = self._loop.counted(window.global_batch, window.all_cells, window.largest, finite, *seconds)
+        size = window.global_batch, window.all_cells, window.largest, window.ended
+        loop = self._loop.counted(*size, finite, *seconds)
         memory = loop.memory(self.rule)
         for one in heard:
             if one.measurement.finite:
@@ -544,8 +579,8 @@ class BatchController:
         """Remove every hook; the history stays. Warns when an unfinished window's gradients are left."""
         if self._closed:
             return
-        self._settle()
-        self._sensor.close()
+        self.history.release()
+        self._finalizer()
         self._closed = True
         if self._window.cells:
             warnings.warn(
@@ -582,6 +617,8 @@ class BatchController:
                 of several ranks.
         """
         self._require_resumable("state_dict()")
+        if self._window.cells:
+            self._require_open()
         self._restore()
         return {
             "version": STATE_VERSION,
@@ -610,6 +647,7 @@ class BatchController:
                 of other parameters than those trained now. Nothing is changed then.
             RuntimeError: If a window is open.
         """
+        self._require_open()
         self._require_between_windows("load_state_dict()")
         require_state(state)
         self._sensor.require_fit(state["sensor"])

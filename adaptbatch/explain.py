@@ -30,6 +30,14 @@ _WHY = {
 }
 
 
+# Of a rule that reads no evidence.
+_WHY_OPEN = {
+    "hold": "it keeps its size",
+    "grow": "it goes up, whatever the noise",
+    "shrink": "it goes down, whatever the noise",
+}
+
+
 def explain(
     rule: Rule,
     evidence: Evidence,
@@ -38,6 +46,7 @@ def explain(
     limits: Limits,
     rows: pd.DataFrame,
     shards: noise.ShardTracker,
+    cold_metric: bool = False,
 ) -> str:
     """Three sentences: what was measured, what was decided and why, what to be careful about.
 
@@ -49,6 +58,7 @@ def explain(
         limits: Resolved ones.
         rows: The history, for the share of windows at the limits.
         shards: Whether the ranks' data differ.
+        cold_metric: Whether the optimizer's metric was asked for and there is none yet.
 
     Example:
         >>> import pandas as pd
@@ -59,7 +69,11 @@ def explain(
         >>> print(text.split(". ")[0])
         No window has told anything about the noise yet
     """
-    parts = _measured(evidence, progress), _decided(rule, decision, progress), _careful(evidence, limits, rows, shards)
+    parts = (
+        _measured(evidence, progress),
+        _decided(rule, decision, progress),
+        _careful(evidence, limits, rows, shards, cold_metric),
+    )
     return " ".join(parts)
 
 
@@ -80,14 +94,24 @@ def _measured(evidence: Evidence, progress: Progress) -> str:
 
 
 def _decided(rule: Rule, decision: Decision, progress: Progress) -> str:
+    words = _WHY if rule.closed_loop else _WHY | _WHY_OPEN
+    # A rule of one's own may have a word of its own.
+    why = f": {words[decision.reason]}" if decision.reason in words else ""
     return (
         f"{type(rule).__name__} takes {progress.accumulation_steps} micro-batches (target "
-        f"{_size(decision.target_batch)} examples, reason {decision.reason}): {_WHY[decision.reason]}."
+        f"{_size(decision.target_batch)} examples, reason {decision.reason}){why}."
     )
 
 
-def _careful(evidence: Evidence, limits: Limits, rows: pd.DataFrame, shards: noise.ShardTracker) -> str:
+def _careful(
+    evidence: Evidence, limits: Limits, rows: pd.DataFrame, shards: noise.ShardTracker, cold_metric: bool
+) -> str:
     cautions = []
+    if cold_metric:
+        cautions.append(
+            "the decision is Euclidean as yet: some parameter's second moment is not warm, or never will be since it "
+            "gets no gradient"
+        )
     recent = rows.tail(RECENT)
     if len(recent):
         for name, bound in (("max_steps", limits.max_steps), ("min_steps", limits.lower)):

@@ -99,4 +99,7 @@ def _dense(grad: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
+    # Of complex gradients the real part of <x, y>: they are vectors of twice the length.
+    if x.is_complex():
+        return torch.view_as_real(x.resolve_conj())
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

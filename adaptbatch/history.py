@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from array import array
@@ -97,9 +98,24 @@ class History:
     def __init__(self, settle: Callable[[], None] | None = None) -> None:
         # Columns of machine numbers take a sixth of the memory of a dictionary for each row.
         self._columns: dict[str, Any] = {name: _empty(kind) for name, kind in COLUMNS.items()}
-        self._settle = settle or (lambda: None)
+        self._late = settle
         self._complete = 0
         self._loggers: list[Logger] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Rows travel to other processes; the controller that fills them, and who watches, do not.
+        self._settle()
+        return self.__dict__ | {"_late": None, "_loggers": []}
+
+    def _settle(self) -> None:
+        """Have what is still on its way to the host written down."""
+        if self._late is not None:
+            self._late()
+
+    def release(self) -> None:
+        """Be complete, and let go of the controller: its rows do not keep a model in memory."""
+        self._settle()
+        self._late = None
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; its keys are exactly :data:`.COLUMNS`."""
@@ -195,7 +211,13 @@ class History:
         return pd.DataFrame({name: pd.Series(list(self._columns[name]), dtype=kind) for name, kind in COLUMNS.items()})
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write all rows to one Parquet file (needs the ``parquet`` extra)."""
+        """Write all rows to one Parquet file (needs the ``parquet`` extra).
+
+        Raises:
+            ModuleNotFoundError: If pyarrow is not installed.
+        """
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ModuleNotFoundError('history.to_parquet() needs pyarrow: pip install "adaptbatch[parquet]".')
         self.to_pandas().to_parquet(path, index=False)
 
     def to_html(self, path: str | Path, *, title: str = "adaptbatch") -> Path:

@@ -19,6 +19,8 @@ from adaptbatch.tails import TypicalTracker
 
 # Half of what is known of a window's seconds is of the last hundred windows.
 SECONDS_DECAY = 2.0 ** (-1.0 / 100.0)
+# Half of what is known of the size of unequal micro-batches is of the last two hundred.
+CELLS_DECAY = 2.0 ** (-1.0 / 200.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Loop:
 
     Attributes:
         progress: Where the training stands; ``accumulation_steps`` is the size of the window to come.
+        cells_known: Micro-batches that ``progress.cell_examples`` is the mean of, decayed.
+        unequal: 0: micro-batches are equal; 1: but for those of the last window; 2: they are of any size.
         pooled: Euclidean moments.
         metric: Moments in the optimizer's metric, for the decision once there are any.
         typical: The typical and the tail channel, in the metric of the decision.
@@ -69,6 +73,8 @@ class Loop:
     """
 
     progress: Progress
+    cells_known: float = 0.0
+    unequal: int = 0
     pooled: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
     metric: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
     typical: TypicalTracker = field(default_factory=TypicalTracker)
@@ -87,6 +93,7 @@ class Loop:
         global_batch: float,
         cells: int,
         largest: float = math.nan,
+        ended: bool = False,
         finite: bool = True,
         step_seconds: float = 0.0,
         seconds: float = 0.0,
@@ -96,27 +103,49 @@ class Loop:
         Args:
             global_batch: Its weights' sum [examples].
             cells: Its micro-batches; fewer than were decided where the data ended.
-            largest: Weight of the largest of them.
+            largest: Weight of the largest of them, over ranks the mean; NaN: not known.
+            ended: Whether the data ended with it, so that its last micro-batch may be a short one.
             finite: Whether all gradients that arrived were finite.
             step_seconds: Time of the optimizer's step [s].
             seconds: Time of the rest [s].
         """
         at = self.progress
         seen = at.examples_seen + global_batch
-        # The end of the data cuts a window short, or a micro-batch: neither says that micro-batches are smaller now.
-        cut = cells < at.accumulation_steps * at.world_size or largest == at.cell_examples
-        known = not math.isnan(at.cell_examples)
+        cell, cells_known, unequal = self._sized_cells(global_batch, cells, largest, ended)
         progress = replace(
             at,
             window=at.window + 1,
             examples_seen=seen,
-            cell_examples=at.cell_examples if cut and known else global_batch / cells,
+            cell_examples=cell,
             examples_since_change=seen - self.changed_at,
             finite=finite,
         )
         each = (1.0, global_batch, step_seconds, seconds)
         times = tuple(SECONDS_DECAY * old + new for old, new in zip(self.seconds_each, each, strict=True))
-        return replace(self, progress=progress, seconds_each=times)
+        return replace(self, progress=progress, cells_known=cells_known, unequal=unequal, seconds_each=times)
+
+    def _sized_cells(self, global_batch: float, cells: int, largest: float, ended: bool) -> tuple[float, float, int]:
+        """What one micro-batch weighs, of how many that is known, and whether they are unequal.
+
+        Equal ones say it at once. Of unequal ones, token counts say, it is their mean over many windows: one window's
+        own would have the batch, and all that follows it, jump with chance. The end of the data, which cuts a window
+        short or its last micro-batch, says nothing; where the end is not known, at one micro-batch a window, nor does a
+        window that is unlike those before and after it.
+        """
+        at, mean = self.progress, global_batch / cells
+        known, weight = at.cell_examples, CELLS_DECAY**cells * self.cells_known
+        equal = cells > 1 and largest * cells == global_batch
+        if math.isnan(known):
+            return mean, float(cells), int(cells > 1 and not equal)
+        if cells < at.accumulation_steps * at.world_size:
+            return known, self.cells_known, self.unequal
+        if self.unequal < 2 and (equal or mean == known):
+            return mean, weight + cells if mean == known else float(cells), 0
+        if ended or largest == known:
+            return known, self.cells_known, self.unequal
+        if self.unequal == 0:
+            return known, self.cells_known, 1
+        return (weight * known + global_batch) / (weight + cells), weight + cells, 2
 
     def memory(self, rule: Rule) -> float:
         """Half-life of the evidence for the window just counted [examples]."""

@@ -144,6 +144,8 @@ class GradientProbe:
             # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
             if self._open:
                 heard(index)
+                # With create_graph=True it would record what is measured.
+                grad = grad.detach() if grad.requires_grad else grad
                 note(grad)
                 if self._scales is not None:
                     note_in_metric(_scaled(grad, self._scales[index]))
@@ -300,6 +302,20 @@ def _norms_of(grads: list[Tensor]) -> list[Tensor]:
     if grads[0].is_sparse:
         return [gradient_norm(grad) for grad in grads]
     return list(torch._foreach_norm(grads, 2, torch.float32 if grads[0].dtype in HALF else None))
+
+
+def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | None]:
+    """Which tensors are in ``.grad`` and how often each was written to; reads no value.
+
+    Example:
+        >>> weight = Parameter(torch.ones(1))
+        >>> weight.sum().backward()
+        >>> before = gradient_stamps([weight])
+        >>> _ = torch.nn.utils.clip_grad_norm_([weight], 0.5)
+        >>> gradient_stamps([weight]) == before
+        False
+    """
+    return [None if g is None else (id(g), g._version) for g in (p.grad for p in parameters)]
 
 
 @torch.no_grad()

@@ -17,7 +17,13 @@ from adaptbatch.ghost import GhostProbe
 from adaptbatch.gradients import PreviousGradient, WindowGradients
 from adaptbatch.learning_rate import Adjustment
 from adaptbatch.optimizer_state import metric_scales, require_metric
-from adaptbatch.probe import GradientProbe, batch_gradient_sq_norm, divide_gradients_, gradient_norm
+from adaptbatch.probe import (
+    GradientProbe,
+    batch_gradient_sq_norm,
+    divide_gradients_,
+    gradient_norm,
+    gradient_stamps,
+)
 from adaptbatch.records import Measurement
 from adaptbatch.window import OpenWindow, SquaredNorms
 
@@ -93,12 +99,13 @@ class Sensor:
                 f"model must not be sharded for ghost norms, the phase or Adam's metric, got fully_shard with ghost = "
                 f"{ghost}, phase = {phase}, metric = {metric!r}; leave them out, or use DistributedDataParallel."
             )
-        self._model, self._optimizer, self._metric = model, optimizer, metric
+        self._model, self._optimizer, self.metric = model, optimizer, metric
         self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe()
         self._keep_gradients = keep_gradients
         self._kept: WindowGradients | None = None
         self._previous = PreviousGradient() if phase else None
         self._scales: Sequence[Tensor] | None = None
+        self._stamps: list[tuple[int, int] | None] = []
         self.attach()
 
     @property
@@ -120,7 +127,7 @@ class Sensor:
         """
         window = OpenWindow(reference=reference)
         self._kept = WindowGradients() if self._keep_gradients else None
-        if isinstance(self._probe, GradientProbe) and self._metric == "adam":
+        if isinstance(self._probe, GradientProbe) and self.metric == "adam":
             steps = steps_taken if self._counts_on_device() else None
             self._scales = metric_scales(self._optimizer, self.parameters, applied, steps)
             self._probe.use_metric(self._scales)
@@ -158,11 +165,30 @@ class Sensor:
             sq_norm = self._probe.take_example_sq_norms()
             require_examples(weight, len(sq_norm))
         window.broken = False
+        self._stamps = self._stamped()
         window.add(sq_norm, loss.detach(), weight, in_metric)
         if self._kept is not None:
             self._kept.add(self.parameters, weight)
         if sums and isinstance(self._probe, GradientProbe) and (own := self._probe.sum_sq_norm()) is not None:
             window.extra["rank_sq_norms"] = own * (window.reference**2 / window.weight)
+
+    def require_untouched(self, call: str) -> None:
+        """Refuse an open window whose gradients something else has written to since they were heard.
+
+        Raises:
+            RuntimeError: If another backward pass, ``zero_grad()`` or clipping did.
+        """
+        if self._stamped() != self._stamps:
+            raise RuntimeError(
+                f"{call} found gradients that were changed within the window, by zero_grad(), unscale_(), clipping or "
+                f"another backward pass: its mean and its noise would be wrong. step() clears gradients and "
+                f"normalize_() unscales them, clipping goes between the two, and other losses are kept off these "
+                f"parameters by requires_grad_(False). discard_window() goes on without this window."
+            )
+
+    def _stamped(self) -> list[tuple[int, int] | None]:
+        """What shows whether ``.grad`` was changed; fully_shard changes it between backward passes itself."""
+        return [] if self._ranks.sharded else gradient_stamps(self.parameters)
 
     def normalize_(
         self, window: OpenWindow, note: Mapping[str, float] | None = None, *, scaled: bool = False
@@ -294,6 +320,7 @@ class Sensor:
             window.in_metric = None if metric is None else window.in_metric
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
+        self._stamps = self._stamped()
         if self._kept is not None:
             self._kept = self._kept_from(state["kept"])
         previous = state["previous"] or ()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from adaptbatch.checks import require_scaler
+from adaptbatch.checks import require_plain_step, require_scaler
 from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
 from adaptbatch.noise import NoiseTracker
 from adaptbatch.optimizer_state import require_coupling, scaled_step
@@ -39,10 +39,13 @@ class Stepper:
         self, optimizer: Optimizer, scaler: GradScaler | None = None, coupling: LearningRate | None = None
     ) -> None:
         require_scaler(scaler)
+        require_plain_step(optimizer)
         if coupling is not None:
             require_coupling(optimizer, coupling)
         self._optimizer, self._scaler, self._coupling = optimizer, scaler, coupling
         self.applied = UNTOUCHED
+        # Whether the scaler has looked for infinities since its last update.
+        self._looked = False
 
     def scaled(self, loss: Tensor) -> Tensor:
         """What is back-propagated in place of ``loss``."""
@@ -56,6 +59,7 @@ class Stepper:
         """Take the scale out of ``.grad``, once a step."""
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
+            self._looked = True
 
     def step(self, batch: float, pooled: NoiseTracker, population: float) -> Adjustment:
         """Step, under the coupling's adjustment for ``batch``.
@@ -82,8 +86,18 @@ class Stepper:
             self._optimizer.step()
         else:
             self._scaler.step(self._optimizer)
+            self._looked = True
 
     def update(self) -> None:
         """Once a window, stepped or skipped: the scaler grows or backs off."""
-        if self._scaler is not None:
-            self._scaler.update()
+        if self._scaler is None:
+            return
+        if not self._looked:
+            self._scaler.unscale_(self._optimizer)
+        self._scaler.update()
+        self._looked = False
+
+    def abandon(self) -> None:
+        """The window comes to nothing; a scaler that has unscaled it may unscale the next one."""
+        if self._looked:
+            self.update()

@@ -24,9 +24,10 @@ class Stream:
         unused: Micro-batches of this rank that were left over because another rank had no more.
     """
 
-    def __init__(self, ranks: Ranks, fills: Callable[[], bool]) -> None:
+    def __init__(self, ranks: Ranks, fills: Callable[[], bool], pending: Callable[[], int]) -> None:
         self._ranks = ranks
         self._fills = fills
+        self._pending = pending
         self.last, self.closes = False, True
         self.used: bool | None = None
         self.unused = 0
@@ -57,6 +58,9 @@ class Stream:
                     self.last = self._is_last(upcoming, handed, length)
                 with self._scope():
                     yield item
+                    heard = self.used
+                if self.last and not heard:
+                    self._report_open()
                 if self._ended or (self.last and self._ranks.lockstep):
                     self._report(loader, handed, upcoming)
                     break
@@ -76,6 +80,11 @@ class Stream:
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
+        if self.used is not None:
+            raise RuntimeError(
+                "micro_batch() scopes must not be nested; micro_batches(loader) opens one for each item, and one such "
+                "iteration ends before the next begins."
+            )
         self.used, self.closes = False, self.last or self._fills()
         try:
             with self._ranks.micro_batch(self.closes):
@@ -116,6 +125,14 @@ class Stream:
         if length is not None:
             return missing or handed >= length
         return not self._ranks.everyone(not missing)
+
+    def _report_open(self) -> None:
+        warnings.warn(
+            f"the last item had no backward(), and so did not end its window, which stays open with {self._pending()} "
+            f"micro-batches; close_window() and step() end it. Leave empty micro-batches out of the loader, and call "
+            f"controller.backward(loss, weight) in place of loss.backward().",
+            stacklevel=3,
+        )
 
     def _report(self, loader: Iterable[Any], handed: int, upcoming: object) -> None:
         if upcoming is _MISSING:

@@ -34,8 +34,8 @@ class OpenWindow:
     Each loss is back-propagated times ``weight / reference``: the weight of all micro-batches that are expected makes
     the accumulated gradient the mean already when they arrive, and keeps it near a mean's size when others do.
     ``cells`` counts this rank's micro-batches, ``all_cells`` those of all ranks, ``pieces`` what was measured on its
-    own: the micro-batches, or their examples. ``scale`` is a GradScaler's. ``extra`` holds what only some windows
-    measure, by the name of its :class:`~adaptbatch.records.Measurement` field.
+    own: the micro-batches, or their examples. ``ended`` says that the data ended with it. ``scale`` is a GradScaler's.
+    ``extra`` holds what only some windows measure, by the name of its :class:`~adaptbatch.records.Measurement` field.
     """
 
     reference: float = 1.0
@@ -45,6 +45,7 @@ class OpenWindow:
     all_cells: int = 0
     pieces: int = 0
     due: bool = False
+    ended: bool = False
     broken: bool = False
     synced: bool = True
     scale: Tensor | None = None
@@ -139,11 +140,11 @@ class OpenWindow:
         host = None if isinstance(lr, Tensor) else float(lr)
         counts = (self.weight, self.cells, self.pieces)
         finished = FinishedWindow(*counts, tuple(scalars), HostCopy(values), lr=host)
-        finished.largest, finished.all_cells = self.largest, self.all_cells
+        finished.largest, finished.all_cells, finished.ended = self.largest, self.all_cells, self.ended
         return finished
 
 
-_OPEN = ("reference", "weight", "largest", "cells", "all_cells", "pieces", "due")
+_OPEN = ("reference", "weight", "largest", "cells", "all_cells", "pieces", "due", "ended")
 _SUMS = ("weighted", "metric_weighted", "loss_sum", "scale")
 
 
@@ -163,6 +164,7 @@ class FinishedWindow:
     lr_factor: float = 1.0
     largest: float = math.nan
     all_cells: int = 0
+    ended: bool = False
     steps: int = 0
     row: int | None = None
 

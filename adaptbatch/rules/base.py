@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 from adaptbatch.records import Decision, Evidence, Progress, Reason
@@ -42,14 +43,14 @@ class Limits:
         require_steps("max_steps", self.max_steps)
         if self.min_steps is not None and self.min_steps > self.max_steps:
             raise ValueError(
-                f"min_steps must not exceed max_steps, got min_steps = {self.min_steps}, max_steps = {self.max_steps}."
+                f"min_steps must not exceed max_steps, got min_steps = {self.min_steps}, max_steps = {self.max_steps}; "
+                f"min_steps=None is the smallest that can be measured."
             )
-        if not (self.max_growth > 1.0 and math.isfinite(self.max_growth)):
+        if not (isinstance(self.max_growth, Real) and self.max_growth > 1.0 and math.isfinite(self.max_growth)):
             raise ValueError(
                 f"max_growth must be finite and above 1, got max_growth = {self.max_growth!r}; 2.0 doubles."
             )
-        if not 0.0 < self.max_shrink < 1.0:
-            raise ValueError(f"max_shrink must be in (0, 1), got max_shrink = {self.max_shrink!r}; 0.8 is usual.")
+        require_fraction("max_shrink", self.max_shrink, "0.8 is usual")
 
     def resolve(self, rule: Rule, world_size: int, by_example: bool = False) -> Limits:
         """These limits with ``min_steps`` filled in for ``rule``.
@@ -134,6 +135,7 @@ def decide(
         decision = Decision(progress.accumulation_steps, math.nan, "nonfinite")
     else:
         decision = rule.decide(evidence, progress, limits)
+        _require_decision(rule, decision)
     if guard is not None:
         decision = guard.react(decision, evidence, progress, limits, rule.memory)
     steps = limits.clamp(decision.accumulation_steps)
@@ -143,6 +145,16 @@ def decide(
     if not progress.finite and reason != "guard":
         reason = "nonfinite"
     return replace(decision, accumulation_steps=steps, reason=reason)
+
+
+def _require_decision(rule: Rule, decision: object) -> None:
+    """Refuse what a rule of one's own may have decided in error."""
+    steps = decision.accumulation_steps if isinstance(decision, Decision) else math.nan
+    if not (isinstance(steps, Real) and not math.isnan(steps)):
+        raise TypeError(
+            f"{type(rule).__name__}.decide() must return a Decision with a number of accumulation steps, got "
+            f"{decision!r}; Decision(4, target_batch, 'hold')."
+        )
 
 
 def growth(k: int, wanted: float, limits: Limits) -> tuple[int, Reason]:
@@ -202,22 +214,26 @@ def open_loop(steps: float, progress: Progress, limits: Limits) -> Decision:
 
 
 def require_steps(name: str, value: object) -> None:
+    """Refuse what is no number of accumulation steps."""
     # numpy's integers have __index__, floats and bools are refused.
     if isinstance(value, bool) or not hasattr(value, "__index__") or int(value.__index__()) < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {name} = {value!r}.")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {name} = {value!r}; 1 is the plain loop.")
 
 
 def require_positive(name: str, value: float, way_out: str) -> None:
-    if not (value > 0.0 and math.isfinite(value)):
+    """Refuse what is no positive, finite number."""
+    if not (isinstance(value, Real) and value > 0.0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {name} = {value!r}; {way_out}.")
 
 
 def require_fraction(name: str, value: float, way_out: str) -> None:
-    if not 0.0 < value < 1.0:
+    """Refuse what is no number between 0 and 1."""
+    if not (isinstance(value, Real) and 0.0 < value < 1.0):
         raise ValueError(f"{name} must be in (0, 1), got {name} = {value!r}; {way_out}.")
 
 
 def require_memory(value: float | None) -> None:
+    """Refuse what is no half-life in examples; None is the default's."""
     if value is not None:
         require_positive("memory", value, "None takes max(500 b, 10 n) examples")
 
