@@ -56,10 +56,21 @@ class Stepper:
         return None if self._scaler is None else self._scaler.scale(torch.ones((), device=device))
 
     def unscale_(self) -> None:
-        """Take the scale out of ``.grad``, once a step."""
-        if self._scaler is not None:
+        """Take the scale out of ``.grad``, once a step.
+
+        Raises:
+            RuntimeError: If that was done already, by whom else.
+        """
+        if self._scaler is None:
+            return
+        try:
             self._scaler.unscale_(self._optimizer)
-            self._looked = True
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the scaler refuses to unscale the window's gradients: {error} normalize_() unscales them; leave "
+                f"scaler.unscale_(), scaler.step() and scaler.update() to the controller."
+            ) from error
+        self._looked = True
 
     def step(self, batch: float, pooled: NoiseTracker, population: float) -> Adjustment:
         """Step, under the coupling's adjustment for ``batch``.

@@ -43,7 +43,7 @@ class Stream:
         if not self._ranks.everyone(upcoming is not _MISSING):
             self._report(loader, 0, upcoming)
             return
-        handed = 0
+        handed, heard, any_heard = 0, False, False
         try:
             while True:
                 upcoming = next(items, _MISSING) if upcoming is _UNKNOWN else upcoming
@@ -58,13 +58,14 @@ class Stream:
                     self.last = self._is_last(upcoming, handed, length)
                 with self._scope():
                     yield item
-                    heard = self.used
-                if self.last and not heard:
-                    self._report_open()
+                    heard = bool(self.used)
+                any_heard |= heard
                 if self._ended or (self.last and self._ranks.lockstep):
                     self._report(loader, handed, upcoming)
                     break
             self._snapshot = None
+            if not heard:
+                self._report_unheard(any_heard)
         finally:
             self.last = False
 
@@ -126,13 +127,20 @@ class Stream:
             return missing or handed >= length
         return not self._ranks.everyone(not missing)
 
-    def _report_open(self) -> None:
-        warnings.warn(
-            f"the last item had no backward(), and so did not end its window, which stays open with {self._pending()} "
-            f"micro-batches; close_window() and step() end it. Leave empty micro-batches out of the loader, and call "
-            f"controller.backward(loss, weight) in place of loss.backward().",
-            stacklevel=3,
-        )
+    def _report_unheard(self, any_heard: bool) -> None:
+        """The last item had no backward, which is what ends a window."""
+        if not any_heard:
+            warnings.warn(
+                "no item had its backward(), and nothing was accumulated; call controller.backward(loss, weight) in "
+                "place of loss.backward().",
+                stacklevel=3,
+            )
+        elif pending := self._pending():
+            warnings.warn(
+                f"the last item had no backward(), which would have ended its window: that stays open with {pending} "
+                f"micro-batches. Leave empty micro-batches out of the loader, or call close_window() and step().",
+                stacklevel=3,
+            )
 
     def _report(self, loader: Iterable[Any], handed: int, upcoming: object) -> None:
         if upcoming is _MISSING:

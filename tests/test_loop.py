@@ -32,6 +32,27 @@ def filled(windows: int = 40, metric_from: int | None = None) -> Loop:
 
 
 class TestCounting:
+    def test_unequal_micro_batches_are_their_mean(self):
+        loop = Loop(Progress(accumulation_steps=2)).counted(10.0 + 20.0, 2, largest=20.0)
+        assert (loop.progress.cell_examples, loop.unequal) == (15.0, 1)
+        # Once may have been the end of the data; from the second time on every window counts.
+        loop = loop.counted(12.0 + 30.0, 2, largest=30.0)
+        assert (loop.progress.cell_examples, loop.unequal) == (pytest.approx(18.0, rel=0.01), 2)
+        # Two that happen to be equal are two of many now.
+        loop = loop.counted(6.0 + 6.0, 2, largest=6.0)
+        assert loop.progress.cell_examples == pytest.approx(14.0, rel=0.01)
+
+    def test_one_window_unlike_the_others_was_the_end_of_the_data(self):
+        loop = Loop(Progress(accumulation_steps=1)).counted(32.0, 1, largest=32.0)
+        loop = loop.counted(5.0, 1, largest=5.0)
+        assert (loop.progress.cell_examples, loop.unequal) == (32.0, 1)
+        loop = loop.counted(32.0, 1, largest=32.0)
+        assert (loop.progress.cell_examples, loop.unequal) == (32.0, 0)
+
+    def test_a_window_that_ended_the_data_says_nothing_of_unequal_ones(self):
+        loop = Loop(Progress(accumulation_steps=2)).counted(32.0, 2, largest=16.0)
+        assert loop.counted(20.0 + 5.0, 2, largest=20.0, ended=True).unequal == 0
+
     def test_a_window_is_counted(self):
         loop = Loop(Progress(accumulation_steps=4)).counted(64.0, 4)
         assert (loop.progress.window, loop.progress.examples_seen, loop.progress.cell_examples) == (1, 64.0, 16.0)

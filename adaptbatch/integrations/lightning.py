@@ -31,6 +31,9 @@ class AdaptiveAccumulation(L.Callback):
 
     A checkpoint holds the controller's state, and in one process the gradients of an open window too.
 
+    Lightning steps, so that a window whose gradients are not finite is recorded as ``nonfinite`` and not skipped (but
+    by the scaler of ``precision="16-mixed"``), and neither a guard nor a coupling of the learning rate can be had.
+
     ``trainer.estimated_stepping_batches`` counts every batch as a step, since nobody knows the windows in advance, and
     for the same reason Lightning may warn that a checkpoint of an epoch's end was one of its middle.
 

@@ -37,6 +37,9 @@ class AdaptiveAccumulationMixin(Trainer):
     scheduler, which is stepped once a micro-batch. Until the last window ``state.max_steps`` and the progress bar show
     that bound.
 
+    The Trainer steps, so that a window whose gradients are not finite is recorded as ``nonfinite`` and not skipped (but
+    by an fp16 scaler), and neither a guard nor a coupling of the learning rate can be had.
+
     A checkpoint holds the controller's state (without the gradient that ``phase`` remembers) and the place in the data;
     ``resume_from_checkpoint`` goes on there.
 
