@@ -208,7 +208,7 @@ def claims(powers: pd.DataFrame) -> pd.DataFrame:
         for own in powers[(powers["quantity"] == quantity) & (powers["updates"] == 0)].itertuples():
             verdict = "supported" if own.low > 0.25 else "not supported" if own.high <= 0.25 else "undecided"
             row = {"claim": claim, "what": f"{what}: power", "where": own.architecture, "value": own.power}
-            rows.append(row | {"low": own.low, "high": own.high, "verdict": verdict})
+            rows.append(row | {"low": own.low, "high": own.high, "interval": "t", "verdict": verdict})
     return pd.DataFrame(rows)
 
 

@@ -71,8 +71,11 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     costs = cost_to_target(runs[runs["stage"] == "final"], curves)
     fixed = costs[costs["arm"].isin(fixed_arms(costs))]
     best = str(fixed.groupby("arm")["cost"].median().idxmin())
-    first = fixed[fixed["arm"] == best].iloc[0]
-    bound = attainable(curves[(curves["key"] == first["key"]) & (curves["examples_seen"] <= first["examples"])])
+    bounds = [
+        attainable(curves[(curves["key"] == run["key"]) & (curves["examples_seen"] <= run["examples"])])
+        for run in fixed[fixed["arm"] == best].to_dict("records")
+    ]
+    bound = {"attainable": np.mean(bounds), "attainable low": min(bounds), "attainable high": max(bounds)}
     reference = costs[costs["arm"] == best].set_index("seed")["cost"]
     rows = []
     for arm, own in costs.groupby("arm", sort=False):
@@ -86,7 +89,7 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
             row | {"mean n": own["mean_batch"].mean(), "final": own["final"].median(), "best fixed": arm == best}
         )
     table = pd.DataFrame(rows)
-    return {"costs": table.assign(attainable=bound), "claims": claims(table, runs)}
+    return {"costs": table.assign(**bound), "claims": claims(table, runs)}
 
 
 def cost_to_target(final: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
@@ -122,7 +125,8 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method in METHODS:
         for own in table[table["arm"] == method.name].to_dict("records"):
-            found = Interval(*(own[f"of best fixed{end}"] for end in ("", " low", " high")))
+            kind = "t" if np.isfinite(own["of best fixed high"]) else "range"
+            found = Interval(*(own[f"of best fixed{end}"] for end in ("", " low", " high")), kind)
             what = f"cost to target, {method.name} / best fixed"
             share = trials.get(method.name, 0) / swept if swept else float("nan")
             for claim, said, bound in (
@@ -130,5 +134,7 @@ def claims(table: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
                 ("F3", f"{what}, at {share:.2f} of the trials, is below 1.05", 1.05),
             ):
                 row = {"claim": claim, "what": said, "where": NETWORK, "value": found.value}
-                rows.append(row | {"low": found.low, "high": found.high, "verdict": found.below(bound)})
-    return pd.DataFrame(rows, columns=["claim", "what", "where", "value", "low", "high", "verdict"])
+                row |= {"low": found.low, "high": found.high, "interval": found.kind}
+                rows.append(row | {"verdict": found.below(bound)})
+    columns = ["claim", "what", "where", "value", "low", "high", "interval", "verdict"]
+    return pd.DataFrame(rows, columns=columns)

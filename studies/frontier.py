@@ -22,7 +22,7 @@ from studies import comparison
 from studies.arms import Arm
 from studies.comparison import Method, Network, choose, fixed, tuning
 from studies.runner import Run
-from studies.statistics import to_target
+from studies.statistics import first_crossing
 from studies.sweep import Found, Options
 
 LARGER = Method("fixed 4096", lambda p: Arm("", fixed(4096), p["lr"]))
@@ -78,14 +78,15 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
         # What every fixed batch can reach, up to the slowest one.
         reachable = part[is_fixed].groupby("arm")["final"].median()
         target = SLACK * reachable.nsmallest(max(3, len(reachable) - 1)).max()
-        spent = pd.DataFrame([to_target(by_key[key], target) for key in part["key"]], index=part.index)
+        spent = pd.DataFrame([first_crossing(by_key[key], target) for key in part["key"]], index=part.index)
         part = part.assign(updates_=spent["updates"], examples_=spent["examples"])
         held = part[is_fixed & np.isfinite(part["updates_"])]
         if held["arm"].nunique() < 3:
             continue
-        batches = held["arm"].str.split().str[1].astype(float)
-        smallest, examples = fit(batches.to_numpy(), held["updates_"].to_numpy())
-        draws = _resampled(held.assign(batch=batches))
+        held = held.assign(batch=held["arm"].str.split().str[1].astype(float))
+        smallest, examples = fit(held["batch"].to_numpy(), held["updates_"].to_numpy())
+        reached = part[np.isfinite(part["updates_"])]
+        draws, spent_ = _resampled(held, reached)
         fits.append(
             {
                 "network": network,
@@ -99,11 +100,11 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
             }
         )
         for arm, own in part.groupby("arm", sort=False):
-            reached = own[np.isfinite(own["updates_"])]
-            row = {"network": network, "arm": arm, "seeds": len(own), "reached": len(reached) / len(own)}
-            if len(reached):
-                updates, used = reached["updates_"].mean(), reached["examples_"].mean()
-                q = (updates / draws[:, 0] - 1) * (used / draws[:, 1] - 1)
+            whole = reached[reached["arm"] == arm]
+            row = {"network": network, "arm": arm, "seeds": len(own), "reached": len(whole) / len(own)}
+            if len(whole):
+                updates, used = whole["updates_"].mean(), whole["examples_"].mean()
+                q = (spent_[arm][:, 0] / draws[:, 0] - 1) * (spent_[arm][:, 1] / draws[:, 1] - 1)
                 row |= {"updates": updates, "examples": used, "q": (updates / smallest - 1) * (used / examples - 1)}
                 row |= {"q low": np.quantile(q, 0.025), "q high": np.quantile(q, 0.975)}
             methods.append(row)
@@ -122,16 +123,20 @@ def claims(methods: pd.DataFrame) -> pd.DataFrame:
             "what": "q of adaptive is 1: it lies on the fixed batches' frontier",
             "where": own.network,
         }
-        rows.append(row | {"value": own.q, "low": low, "high": high, "verdict": verdict})
-    return pd.DataFrame(rows, columns=["claim", "what", "where", "value", "low", "high", "verdict"])
+        rows.append(row | {"value": own.q, "low": low, "high": high, "interval": "bootstrap", "verdict": verdict})
+    return pd.DataFrame(rows, columns=["claim", "what", "where", "value", "low", "high", "interval", "verdict"])
 
 
-def _resampled(held: pd.DataFrame) -> np.ndarray:
-    """Fits to seeds drawn again within each batch."""
+def _resampled(held: pd.DataFrame, reached: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Fits to seeds drawn again within each fixed batch, and what each arm spent on the mean of its seeds so drawn."""
     rng = np.random.default_rng(0)
-    groups = [part[["batch", "updates_"]].to_numpy(float) for _, part in held.groupby("arm")]
-    draws = []
+    fixed_ = {arm: part["batch"].iloc[0] for arm, part in held.groupby("arm")}
+    spent = {str(arm): part[["updates_", "examples_"]].to_numpy(float) for arm, part in reached.groupby("arm")}
+    draws, means = [], {arm: [] for arm in spent}
     for _ in range(RESAMPLES):
-        rows = np.concatenate([group[rng.integers(len(group), size=len(group))] for group in groups])
-        draws.append(fit(rows[:, 0], rows[:, 1]))
-    return np.array(draws)
+        drawn = {arm: rows[rng.integers(len(rows), size=len(rows))] for arm, rows in spent.items()}
+        for arm, rows in drawn.items():
+            means[arm].append(rows.mean(axis=0))
+        batches = np.concatenate([np.full(len(drawn[arm]), batch) for arm, batch in fixed_.items()])
+        draws.append(fit(batches, np.concatenate([drawn[arm][:, 0] for arm in fixed_])))
+    return np.array(draws), {arm: np.array(rows) for arm, rows in means.items()}

@@ -171,8 +171,9 @@ def claims(final: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
                 found, p = ratio(both[with_].to_numpy(), both[without].to_numpy())
                 what = f"{said[claim].format(*reversed(BATCHES))}: {with_} / {without}, is below 1"
                 row = {"claim": claim, "what": what, "value": found.value, "low": found.low, "high": found.high, "p": p}
-                rows.append(row | {"seeds": len(both), "verdict": found.below(1.0)})
-    return pd.DataFrame(rows, columns=["claim", "what", "value", "low", "high", "p", "seeds", "verdict"])
+                rows.append(row | {"interval": found.kind, "seeds": len(both), "verdict": found.below(1.0)})
+    columns = ["claim", "what", "value", "low", "high", "interval", "p", "seeds", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _of_batches(table: pd.DataFrame, column: str) -> pd.DataFrame:

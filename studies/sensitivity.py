@@ -28,6 +28,7 @@ from studies.sweep import SHARED, Found, Options
 from studies.verdicts import tuning as tuning_table
 
 WITHIN = 1.10
+DECIDING_SEEDS = 5
 KNOBS: Mapping[str, tuple[str, tuple[float, ...], Callable[[Arm, float], Arm]]] = {
     "theta": (
         ADAPTIVE,
@@ -97,7 +98,10 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def claims(runs: pd.DataFrame) -> pd.DataFrame:
-    """S1 over the seeds (its bounds are their extremes), S2 over the rates that all methods were tried at."""
+    """S1 over the seeds, S2 over the rates that all methods were tried at.
+
+    The bounds of S1 are its seeds' extremes; fewer than five decide nothing.
+    """
     rows = []
     # Before the knobs have run there is no such column.
     runs = runs.reindex(columns=[*runs.columns, *({"knob", "value"} - set(runs))])
@@ -105,9 +109,11 @@ def claims(runs: pd.DataFrame) -> pd.DataFrame:
         knobs = part[(part["stage"] == "knob") & part["knob"].isin(["theta", "warmup length"])]
         if knobs["knob"].nunique() == 2:
             shares = [_shares(own) for _, own in knobs.groupby("seed")]
-            found = Interval(float(np.mean(shares)), min(shares), max(shares))
+            found = Interval(float(np.mean(shares)), min(shares), max(shares), "range")
             what = "share of values within 10 %, warmup length less theta, is below 0"
-            rows.append(_claim("S1", what, network, found, found.below(0.0)))
+            # The range of fewer seeds decides nothing.
+            verdict = found.below(0.0) if len(shares) >= DECIDING_SEEDS else "undecided"
+            rows.append(_claim("S1", what, network, found, verdict))
         tried = part[part["stage"] == "tune"]
         tune = tried.pivot_table(index="trial", columns="method", values="final", dropna=False)
         tune = tune.clip(upper=4 * tune.min().min())
@@ -130,7 +136,7 @@ def _shares(own: pd.DataFrame) -> float:
 
 
 def _claim(claim: str, what: str, where: object, found: Interval, verdict: str) -> dict[str, object]:
-    bounds = {"value": found.value, "low": found.low, "high": found.high}
+    bounds = {"value": found.value, "low": found.low, "high": found.high, "interval": found.kind}
     return {"claim": claim, "what": what, "where": where, **bounds, "verdict": verdict}
 
 

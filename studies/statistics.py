@@ -17,15 +17,21 @@ Verdict = Literal["supported", "not supported", "undecided"]
 LEVEL = 0.95
 RESAMPLES = 5_000
 TARGET_SLACK, TARGET_MEAN = 1.05, 5
+SPENT = {"examples_seen": "examples", "optimizer_step": "updates", "wall_seconds": "seconds"}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % interval; NaN bounds where there is one value only."""
+    """An estimate with its 95 % interval; NaN bounds where there is one value only.
+
+    ``kind`` says how it was made: ``t``, ``bootstrap``, ``Wilson``, ``Newcombe``, or the ``range`` of all values, which
+    holds the median of five with 94 %, of two with 50 %.
+    """
 
     value: float
     low: float
     high: float
+    kind: str = "t"
 
     def below(self, bound: float) -> Verdict:
         """Whether what is estimated is below ``bound``, as far as the interval tells."""
@@ -66,7 +72,7 @@ def iqm(strata: Sequence[np.ndarray]) -> Interval:
             method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval
-    return Interval(value, float(found.low), float(found.high))
+    return Interval(value, float(found.low), float(found.high), "bootstrap")
 
 
 def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[Interval, float]:
@@ -90,7 +96,7 @@ def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[Interval, float]:
         wins, losses = int((logs < 0).sum()), int((logs > 0).sum())
         p = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
         with np.errstate(over="ignore", invalid="ignore"):
-            return Interval(*(float(np.exp(x)) for x in (np.median(logs), logs.min(), logs.max()))), p
+            return Interval(*(float(np.exp(x)) for x in (np.median(logs), logs.min(), logs.max())), "range"), p
     mean = float(logs.mean())
     if len(logs) < 2:
         return Interval(math.exp(mean), math.nan, math.nan), math.nan
@@ -138,7 +144,7 @@ def holm(p: pd.Series) -> pd.Series:
 def share(successes: int, count: int) -> Interval:
     """A share with its Wilson interval."""
     bounds = stats.binomtest(successes, count).proportion_ci(LEVEL, method="wilson")
-    return Interval(successes / count, float(bounds.low), float(bounds.high))
+    return Interval(successes / count, float(bounds.low), float(bounds.high), "Wilson")
 
 
 def to_target(curve: pd.DataFrame, target: float) -> pd.Series:
@@ -156,9 +162,51 @@ def to_target(curve: pd.DataFrame, target: float) -> pd.Series:
         >>> float(to_target(rows.assign(optimizer_step=rows.index, wall_seconds=0.0), 5.0)["examples"])
         3.0
     """
-    names = {"examples_seen": "examples", "optimizer_step": "updates", "wall_seconds": "seconds"}
+    curve = evenly(curve)
     smooth = curve["validation_loss"].rolling(TARGET_MEAN, min_periods=1).mean()
     reached = np.flatnonzero(smooth <= target)
     if not len(reached):
-        return pd.Series(dict.fromkeys(names.values(), math.inf))
-    return curve.iloc[reached[0]][list(names)].astype(float).rename(names)
+        return pd.Series(dict.fromkeys(SPENT.values(), math.inf))
+    return curve.iloc[reached[0]][list(SPENT)].astype(float).rename(SPENT)
+
+
+def first_crossing(curve: pd.DataFrame, target: float) -> pd.Series:
+    """What a run had spent when its loss first crossed ``target``, for targets that are met within a few evaluations.
+
+    On the line through the logarithms of the loss before and after; the first evaluation is after the first update.
+
+    Args, Returns:
+        As :func:`to_target`.
+
+    Example:
+        >>> rows = pd.DataFrame({"validation_loss": [16.0, 4.0, 1.0], "examples_seen": [1.0, 2.0, 3.0]})
+        >>> float(first_crossing(rows.assign(optimizer_step=rows.index, wall_seconds=0.0), 2.0)["examples"])
+        2.5
+    """
+    curve = evenly(curve)
+    losses, spent = curve["validation_loss"].to_numpy(float), curve[list(SPENT)].to_numpy(float)
+    reached = np.flatnonzero(losses <= target)
+    if not len(reached):
+        return pd.Series(dict.fromkeys(SPENT.values(), math.inf))
+    after = int(reached[0])
+    before = max(after - 1, 0)
+    fall = math.log(losses[before] / losses[after])
+    share = math.log(losses[before] / target) / fall if fall > 0.0 and math.isfinite(losses[before]) else 1.0
+    return pd.Series(dict(zip(SPENT.values(), spent[before] + share * (spent[after] - spent[before]), strict=True)))
+
+
+def evenly(curve: pd.DataFrame) -> pd.DataFrame:
+    """Evaluations at least half of their usual distance apart: two that came close count once.
+
+    Example:
+        >>> evenly(pd.DataFrame({"examples_seen": [1.0, 10.0, 11.0, 20.0, 29.0]}))["examples_seen"].tolist()
+        [1.0, 10.0, 20.0, 29.0]
+    """
+    seen = curve["examples_seen"].to_numpy(float)
+    usual = np.median(np.diff(seen)) if len(seen) > 1 else 0.0
+    kept, last = [], -math.inf
+    for index, at in enumerate(seen):
+        if at - last >= 0.5 * usual:
+            kept.append(index)
+            last = at
+    return curve.iloc[kept]

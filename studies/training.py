@@ -146,7 +146,9 @@ def train(
                     torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
                 controller.step()
                 due = seen >= next_probe
-                next_probe += task.probe_every * math.ceil((seen - next_probe) / task.probe_every) if due else 0.0
+                next_probe += (
+                    task.probe_every * (math.floor((seen - next_probe) / task.probe_every) + 1) if due else 0.0
+                )
                 validation = evaluate(model, probe) if due else math.nan
                 extra.append({"at_limit": at_limit, "validation_loss": validation})
                 report(seen)

@@ -184,7 +184,7 @@ def claims(times: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(claim: str, what: str, where: str, found: Interval, verdict: str) -> dict[str, object]:
-    bounds = {"value": found.value, "low": found.low, "high": found.high}
+    bounds = {"value": found.value, "low": found.low, "high": found.high, "interval": found.kind}
     return {"claim": claim, "what": what, "where": where, **bounds, "verdict": verdict}
 
 
@@ -209,7 +209,9 @@ def _w1(times: pd.DataFrame) -> Iterator[dict[str, object]]:
         held = verdicts.count("supported") / len(verdicts)
         lost = verdicts.count("not supported") / len(verdicts)
         verdict = "supported" if held >= TASKS_SHARE else "not supported" if 1 - lost < TASKS_SHARE else "undecided"
-        yield _row("W1", "share of the tasks, at least 0.8", "all tasks", Interval(held, held, 1 - lost), verdict)
+        yield _row(
+            "W1", "share of the tasks, at least 0.8", "all tasks", Interval(held, held, 1 - lost, "count"), verdict
+        )
 
 
 def _w2(times: pd.DataFrame, runs: pd.DataFrame) -> Iterator[dict[str, object]]:
@@ -241,7 +243,7 @@ def _w3(runs: pd.DataFrame) -> Iterator[dict[str, object]]:
         return
     largest = fixed_arms(stressed)[-1]
     both = [stressed.loc[stressed["arm"] == arm, "diverged"].to_numpy(bool) for arm in (ADAPTIVE, largest)]
-    difference = Interval(float(both[0].mean() - both[1].mean()), *_difference(*both))
+    difference = Interval(float(both[0].mean() - both[1].mean()), *_difference(*both), "Newcombe")
     what = f"divergence rate, adaptive less {largest}, is at most 0 (margin 0.1)"
     yield _row("W3", what, "noisy, stress rate", difference, difference.below(0.1))
 
