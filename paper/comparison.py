@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from scipy import stats
 
 from paper.ledger import Ledger, holds, shown, spread
 from studies.verdicts import SWEEP
@@ -60,8 +61,7 @@ def arms(ledger: Ledger) -> None:
         ledger.interval(f"noisy.{name}", place, "of best fixed", ".2f", arm=arm, **noisy)
     ledger.interval("noisy.adaptive clip", place, "of best fixed", ".2f", arm="adaptive, clip", **noisy)
     ledger.cell("noisy.adaptive diverged", place, "diverged", ".0f", arm="adaptive", **noisy)
-    same = wide["noisy"].loc[["adaptive", "fixed 128"], "diverged"]
-    holds("adaptive diverges as often as fixed 128", len(set(same)) == 1)
+    _same_runs(ledger)
     where = {"claim": "W1", "where": f"calm, {HOME}"}
     ledger.interval("calm.w1", "comparison/claims", "value", ".2f", **where)
     for name in ("fashion", "shuttle"):
@@ -72,16 +72,23 @@ def arms(ledger: Ledger) -> None:
     holds("W2 holds at home on the calm network", verdicts["W2", "calm, home"] == "supported")
     controls = wide["calm"].loc[["adaptive", "constant mean", "replay", "rate follows", "rate follows root"], "final"]
     holds("the controls end where adaptive does, on the calm network", float(controls.max() - controls.min()) < 1e-9)
-    for arm in ("adaptive", "fixed 128", "warmup", "clip"):
+    for arm in ("adaptive", "fixed 128", "fixed 64", "warmup", "clip"):
         ledger.interval(f"together.{arm}", "comparison/together", "of best fixed", ".2f", arm=arm)
     holds("there are six tasks", set(ledger.frame("comparison/together")["tasks"]) == {6})
     holds("W1 fails on the calm network", ledger.row("comparison/claims", where)["verdict"] == "not supported")
     what = "final, adaptive / constant mean, is below 1"
     where = {"claim": "W4", "what": what, "where": f"calm, {HOME}"}
     ledger.interval("calm.w4 constant", "comparison/claims", "value", ".3f", **where)
+    diverged = table[table["arm"] == "adaptive"]
+    ledger.add(
+        "together.diverged",
+        f"{diverged['diverged'].sum():.0f} of {diverged['seeds'].sum():.0f}",
+        f"{place}: arm = adaptive: sum of diverged, of seeds",
+    )
     _noise_along(ledger)
     _stress(ledger)
     _budget(ledger)
+    _auroc(ledger)
 
 
 def _ended(own: pd.Series) -> list[str]:
@@ -89,17 +96,35 @@ def _ended(own: pd.Series) -> list[str]:
     return [ratio, f"{own['diverged']:.0f} of {own['seeds']:.0f}", shown(own["auroc"], ".3f")]
 
 
+def _same_runs(ledger: Ledger) -> None:
+    """Where the controller acted, and where its runs are those of the fixed batch of its floor."""
+    runs = ledger.frame("comparison/runs")
+    runs = runs[runs["stage"].isin(["final", "away"])].set_index(["network", "data", "arm", "seed"]).sort_index()
+    ours, floor = (runs.xs(arm, level="arm") for arm in ("adaptive", "fixed 128"))
+    for data in (HOME, "fashion"):
+        one, other = ours.loc["calm", data]["final"], floor.loc["calm", data]["final"]
+        holds(f"adaptive's runs are fixed 128's on calm {data}", bool((one == other).all()))
+    diverged = [set(part.index[part["diverged"]]) for part in (ours.loc["noisy", HOME], floor.loc["noisy", HOME])]
+    holds("adaptive and fixed 128 diverge on the same seeds", diverged[0] == diverged[1])
+    acted = ours.loc["calm", "shuttle"]["mean_batch"]
+    said = "comparison/runs: arm = adaptive, network = calm, data = shuttle: mean_batch, smallest to largest"
+    ledger.add("calm.shuttle batch", f"{acted.min():.0f} to {acted.max():.0f}", said)
+    held = ours.sort_index().drop(("calm", "shuttle"))["mean_batch"]
+    holds("elsewhere it stays near its floor", bool((held < 145).all()))
+
+
 def _noise_along(ledger: Ledger) -> None:
-    """The noise scale that the calm network's adaptive runs measured."""
+    """The noise scale of an ordinary window, on which the calm network's adaptive runs decided."""
     runs, curves = ledger.frame("comparison/runs"), ledger.frame("comparison/curves")
     chosen = (runs["stage"] == "final") & (runs["network"] == "calm") & (runs["arm"] == "adaptive")
     keys = runs.loc[chosen & (runs["data"] == HOME), "key"]
-    own = curves[curves["key"].isin(keys) & curves["noise_scale"].notna()]
-    early = own[own["examples_seen"] <= 0.05 * own["examples_seen"].max()].groupby("key")["noise_scale"].last()
-    late = own.groupby("key")["noise_scale"].last()
-    said = "comparison/curves: adaptive, calm: median over seeds of the noise_scale"
+    own = curves[curves["key"].isin(keys) & curves["noise_scale_typical"].notna()]
+    early = own[own["examples_seen"] <= 0.05 * own["examples_seen"].max()].groupby("key")["noise_scale_typical"].last()
+    late = own.groupby("key")["noise_scale_typical"].last()
+    said = "comparison/curves: adaptive, calm: median over seeds of the noise_scale_typical"
     ledger.add("calm.B early", shown(early.median(), ".0f"), f"{said} at a twentieth of the examples")
     ledger.add("calm.B late", shown(late.median(), ".0f"), f"{said} at the end")
+    holds("the noise scale is below the smallest window", max(early.median(), late.median()) < 128)
 
 
 def _stress(ledger: Ledger) -> None:
@@ -120,6 +145,17 @@ def _stress(ledger: Ledger) -> None:
     own = runs[(runs["stage"] == "stress") & (runs["arm"] == "fixed 64")]
     said = "comparison/runs: stage = stress, arm = fixed 64: sum of diverged"
     ledger.add("stress.small", str(int(own["diverged"].sum())), said)
+    table = ledger.frame("comparison/stress").set_index("arm")
+    larger = [arm for arm in table.index if arm in ("adaptive", "fixed 128", "fixed 256", "fixed 512", "fixed 1024")]
+    others = [arm for arm in table.index if arm in ("warmup", "clip", "rezero", "scaled branches")]
+    holds("nothing diverges at the larger batches", len(larger) == 5 and not table.loc[larger, "diverged"].any())
+    holds("nothing diverges with the other cures", len(others) == 4 and not table.loc[others, "diverged"].any())
+    holds("all of RAdam's runs diverge", table.loc["radam", "diverged"] == 1.0)
+    for name, arm in (("small", "fixed 64"), ("adaptive", "adaptive")):
+        ledger.cell(f"stress.{name} spikes", "comparison/stress", "spikes", ".1f", arm=arm)
+    claim = ledger.frame("comparison/claims").set_index("claim").loc["W3"]
+    holds("W3 is undecided", claim["verdict"] == "undecided")
+    ledger.interval("stress.w3", "comparison/claims", "value", ".2f", claim="W3")
 
 
 def _budget(ledger: Ledger) -> None:
@@ -132,6 +168,7 @@ def _budget(ledger: Ledger) -> None:
         ("calm adaptive", "calm", "adaptive"),
         ("calm sweep", "calm", SWEEP),
         ("calm smallest", "calm", "fixed 64"),
+        ("calm floor", "calm", "fixed 128"),
         ("noisy adaptive", "noisy", "adaptive"),
         ("noisy sweep", "noisy", SWEEP),
     ):
@@ -144,3 +181,23 @@ def _budget(ledger: Ledger) -> None:
         ours, theirs, known = (expected[network, method].loc[several] for method in ("adaptive", SWEEP, "fixed 64"))
         holds(f"adaptive is ahead of the sweep at any number of trials ({network})", bool((ours < theirs).all()))
         holds(f"who knows the best batch is ahead of adaptive ({network})", bool((known < ours).all()))
+    close = abs(expected["calm", "adaptive", few] - expected["calm", "fixed 128", few])
+    holds("the fixed batch of the floor has the same curve", close < 0.1)
+    ledger.cell("budget.noisy fresh", "comparison/arms", "final", ".1f", arm="adaptive", network="noisy", data=HOME)
+
+
+def _auroc(ledger: Ledger) -> None:
+    """Differences of AUROC to the smallest fixed batch, paired by seed, Student's interval."""
+    runs = ledger.frame("comparison/runs")
+    home = runs[(runs["stage"] == "final") & (runs["data"] == HOME)]
+    wide = home.pivot_table(index=["network", "seed"], columns="arm", values="auroc")
+    for name, network, arm in (("calm", "calm", "adaptive"), ("noisy", "noisy", "adaptive"), ("clip", "noisy", "clip")):
+        own = wide.loc[network]
+        test = stats.ttest_1samp(own[arm] - own["fixed 64"], 0.0)
+        bounds = test.confidence_interval(0.95)
+        said = f"comparison/runs: stage = final, network = {network}: auroc of {arm} less that of fixed 64, by seed"
+        ledger.add(f"auroc.{name}", spread((own[arm] - own["fixed 64"]).mean(), bounds.low, bounds.high, ".3f"), said)
+        if name == "calm":
+            holds("AUROC is lower with the controller on the calm network", bounds.high < 0)
+        if name == "clip":
+            holds("AUROC is higher with clipping on the noisy network", bounds.low > 0)

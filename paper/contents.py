@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from paper import comparison, findings, method
 from paper.ledger import Ledger, spread
+from studies.verdicts import VERDICTS, counted
 
 # Studies whose claims were written down before their runs.
 CLAIMED = ("comparison", "sensitivity", "depth", "frontier", "favourable")
@@ -23,14 +24,17 @@ def fill(ledger: Ledger) -> None:
 
 
 def claims(ledger: Ledger) -> None:
-    """The claims of all studies in one table."""
-    rows = []
+    """The claims of all studies: how often each holds, and every place with its interval."""
+    rows, places = [], []
     for study in CLAIMED:
-        for row in ledger.frame(f"{study}/claims").to_dict("records"):
+        table = ledger.frame(f"{study}/claims")
+        rows += [list(row.values()) for row in counted(table)]
+        for row in table.to_dict("records"):
             bounds = (float(row.get(end, math.nan)) for end in ("value", "low", "high"))
-            where = str(row.get("where", "noisy"))
-            rows.append([str(row["claim"]), str(row["what"]), where, spread(*bounds, ".2f"), str(row["verdict"])])
-    ledger.table("claims", "*/claims", ["", "claim", "where", "value (95 %)", "verdict"], rows)
+            own = [str(row["claim"]), str(row["what"]), str(row.get("where", "noisy"))]
+            places.append([*own, spread(*bounds, ".2f"), str(row["interval"]), str(row["verdict"])])
+    ledger.table("claims", "*/claims", ["", "claim", *VERDICTS, "values"], rows)
+    ledger.table("places", "*/claims", ["", "claim", "where", "value (bounds)", "of", "verdict"], places)
 
 
 SECTIONS: tuple[Callable[[Ledger], None], ...] = (

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from studies.analysis import summary
+from studies.verdicts import counted
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -89,16 +90,8 @@ def _verdicts(study: str) -> list[dict[str, str]]:
     path = RESULTS / study / "claims.parquet"
     if not path.is_file():
         return []
-    rows = []
-    for (claim, what), part in pd.read_parquet(path).groupby(["claim", "what"], sort=False):
-        counts = part["verdict"].value_counts()
-        values = [_ratio(value) for value in (part["value"].min(), part["value"].max())]
-        rows.append(
-            {"study": study, "claim": f"{claim}: {what}"}
-            | {verdict: str(counts.get(verdict, 0)) for verdict in ("supported", "not supported", "undecided")}
-            | {"values": " to ".join(dict.fromkeys(values))}
-        )
-    return rows
+    rows = counted(pd.read_parquet(path))
+    return [{"study": study, "claim": f"{row.pop('claim')}: {row.pop('what')}"} | row for row in rows]
 
 
 def studies_section() -> str:

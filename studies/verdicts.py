@@ -180,7 +180,8 @@ def stress(runs: pd.DataFrame) -> pd.DataFrame:
 def claims(times: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """W1 to W4, task by task and together: the figure, its interval, the verdict."""
     rows = [*_w1(times), *_w2(times, runs), *_w3(runs), *_w4(times)]
-    return pd.DataFrame(rows, columns=["claim", "what", "where", "value", "low", "high", "verdict"])
+    columns = ["claim", "what", "where", "value", "low", "high", "interval", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _row(claim: str, what: str, where: str, found: Interval, verdict: str) -> dict[str, object]:
@@ -265,3 +266,23 @@ def _w4(times: pd.DataFrame) -> Iterator[dict[str, object]]:
                 continue
             found, _ = _pairs(part, ADAPTIVE, control, "final")
             yield _row("W4", f"final, adaptive / {control}, is below 1", f"{network}, {data}", found, found.below(1.0))
+
+
+VERDICTS = ("supported", "not supported", "undecided")
+
+
+def counted(claims: pd.DataFrame) -> list[dict[str, str]]:
+    """A row for each claim of a study: in how many places it holds, the smallest and the largest figure.
+
+    Example:
+        >>> places = pd.DataFrame({"claim": "W1", "what": "x", "value": [1.0, 2.0]})
+        >>> list(counted(places.assign(verdict=["supported", "undecided"]))[0].values())
+        ['W1', 'x', '1', '0', '1', '1.00 to 2.00']
+    """
+    rows = []
+    for (claim, what), part in claims.groupby(["claim", "what"], sort=False):
+        counts = part["verdict"].value_counts()
+        ends = [f"{end:.2f}" if math.isfinite(end) else "never" for end in (part["value"].min(), part["value"].max())]
+        row = {"claim": str(claim), "what": str(what)} | {name: str(counts.get(name, 0)) for name in VERDICTS}
+        rows.append(row | {"values": " to ".join(dict.fromkeys(ends))})
+    return rows

@@ -175,7 +175,7 @@ class TestComparison:
 
 class TestOtherStudies:
     def test_the_frontier_of_made_up_runs_is_found(self):
-        """``S = 20 + 1000 / n``: the fixed batches lie on it, one that needs half the updates inside."""
+        """``S = 20 + 1000 / n`` to a loss of 12.5: the fixed batches lie on it, one of fewer updates inside."""
         parts, curves = [], []
         for arm, n, updates in [*((f"fixed {n}", n, 20 + 1000 / n) for n in (10, 40, 160, 640)), ("better", 50, 25.0)]:
             for seed in range(3):
@@ -183,7 +183,7 @@ class TestOtherStudies:
                 parts.append(run)
                 step = np.array([1.0, updates])
                 rows = {"key": f"{arm} {seed}", "optimizer_step": step, "examples_seen": n * step, "wall_seconds": 0.0}
-                curves.append(pd.DataFrame(rows | {"validation_loss": [99.0, -80.0]}))
+                curves.append(pd.DataFrame(rows | {"validation_loss": [99.0, 12.5]}))
         found = frontier.tables(pd.concat(parts, ignore_index=True), pd.concat(curves, ignore_index=True))
         fit, methods = found["fit"].iloc[0], found["methods"].set_index("arm")
         assert (fit["S_min"], fit["E_min"]) == pytest.approx((20.0, 1000.0), rel=1e-3)
@@ -204,10 +204,12 @@ class TestOtherStudies:
         parts = [made_up(rates, stage="tune").assign(seed=1000)]
         for knob, finals in knobs.items():
             for value, final in enumerate(finals):
-                for seed in range(2):
+                for seed in range(5):
                     row = made_up({"a": [final]}, stage="knob").assign(knob=knob, value=float(value), seed=seed)
                     parts.append(row)
         table = sensitivity.claims(pd.concat(parts, ignore_index=True))
+        few = pd.concat([part for part in parts if part["seed"].iloc[0] in (0, 1, 1000)], ignore_index=True)
+        assert sensitivity.claims(few).iloc[0][["value", "verdict"]].tolist() == [-0.5, "undecided"]
         s1, s2, s2_fixed = (row for _, row in table.iterrows())
         assert (s1["value"], s1["verdict"]) == (-0.5, "supported")
         assert s2["value"] == pytest.approx(27 / 33)
