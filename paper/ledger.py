@@ -68,9 +68,12 @@ def spread(value: float, low: float, high: float, form: str) -> str:
     """A value with its interval.
 
     Example:
-        >>> spread(1.014, 1.011, 1.018, ".2f"), spread(1.4, 0.5, float("inf"), ".1f")
-        ('1.01 (1.01 to 1.02)', '1.4 (0.5 to ∞)')
+        >>> never = float("inf")
+        >>> spread(1.014, 1.011, 1.018, ".2f"), spread(1.4, 0.5, never, ".1f"), spread(never, never, never, ".1f")
+        ('1.01 (1.01 to 1.02)', '1.4 (0.5 to ∞)', 'never')
     """
+    if low == math.inf:
+        return "never"
     return f"{shown(value, form)} ({shown(low, form)} to {shown(high, form)})"
 
 

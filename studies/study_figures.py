@@ -70,7 +70,7 @@ def comparison(folder: Path) -> None:
         figure, grid = plt.subplots(
             len(networks),
             len(data),
-            figsize=(3.4 * len(data) + 1.2, 0.2 * heights[0] * len(networks) + 1.2),
+            figsize=(2.3 * len(data) + 1.2, 0.165 * heights[0] * len(networks) + 1.2),
             sharey="row",
             squeeze=False,
             layout="constrained",
@@ -84,8 +84,7 @@ def comparison(folder: Path) -> None:
                 part = arms[(arms["network"] == network) & (arms["data"] == name)]
                 _ratios(grid[row, column], part, order)
                 grid[row, column].set_title(f"{network}, {name}")
-        for axes in grid[-1]:
-            axes.set_xlabel("final loss / that of the best fixed batch")
+        figure.supxlabel("final loss / that of the best fixed batch", fontsize=9)
         save(figure, folder, "figure")
     _budgets(read_table(folder / "budget.parquet"), folder)
 
@@ -135,6 +134,8 @@ def _ratios(axes: Axes, part: pd.DataFrame, order: Sequence[str], limit: float =
         row, (colour, marker) = rows.loc[arm], KINDS[kind(arm)]
         low, value, high = (row[f"of best fixed{end}"] for end in (" low", "", " high"))
         axes.plot([low, min(high, limit)], [place, place], color=colour, linewidth=1.4)
+        if high > limit:
+            axes.plot(limit, place, ">", color=colour, markersize=4, clip_on=False)
         if value <= limit:
             axes.plot(value, place, marker, color=colour, markersize=5)
         else:
@@ -198,8 +199,10 @@ def sensitivity(folder: Path) -> None:
                 axes.set_xticks(shown, [_short(value) for value in shown])
                 axes.xaxis.set_minor_locator(NullLocator())
                 axes.set_title(knob)
-            grid[row, 0].set_ylim(0.95 * part["final"].min(), top)
+            grid[row, 0].set_ylim(0.95 * part["final"].min(), 1.02 * top)
             grid[row, 0].set_ylabel("final validation loss")
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, fontsize=8, ncols=len(names), loc="outside lower center")
         save(figure, folder, "figure")
 
 
@@ -208,16 +211,12 @@ def _short(value: float) -> str:
 
 
 def _rates(axes: Axes, tune: pd.DataFrame, top: float) -> None:
-    ends = []
     for method, (colour, style, marker) in LINES.items():
         means = tune[tune["method"] == method].groupby("lr")["final"].mean()
         if len(means):
-            axes.plot(means.index, means.clip(upper=top), style, marker=marker, color=colour, markersize=4)
-            ends.append((method, colour, style, marker))
-    handles = [
-        axes.plot([], [], style, marker=marker, color=colour, label=name)[0] for name, colour, style, marker in ends
-    ]
-    axes.legend(handles=handles, fontsize=7, ncols=2, loc="upper center")
+            axes.plot(
+                means.index, means.clip(upper=top), style, marker=marker, color=colour, markersize=4, label=method
+            )
     axes.set_xscale("log")
     axes.set_xlabel("learning rate (Adam)")
 
@@ -256,42 +255,71 @@ def depth(folder: Path) -> None:
         save(figure, folder, "figure")
 
 
+# Beyond them an arm is named and not drawn.
+MOST_UPDATES = 300
+
+
 def frontier(folder: Path) -> None:
     """Updates against examples to the target: the fixed batches' hyperbola, and every method."""
     methods, fits = read_table(folder / "methods.parquet"), read_table(folder / "fit.parquet")
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(
-            1, max(len(fits), 1), figsize=(5.2 * max(len(fits), 1), 4.4), squeeze=False, layout="constrained"
+            1, max(len(fits), 1), figsize=(4.2 * max(len(fits), 1), 4.0), squeeze=False, layout="constrained"
         )
         for axes, fit in zip(grid[0], fits.itertuples(), strict=False):
             part = methods[(methods["network"] == fit.network) & methods["updates"].notna()]
+            off = part["updates"] > MOST_UPDATES
+            if off.any():
+                said = ", ".join(f"{own.arm}: {own.updates:,.0f} updates" for own in part[off].itertuples())
+                axes.annotate(f"off the right: {said}", (1.0, 0.02), xycoords="axes fraction", fontsize=7.5, ha="right")
+            part = part[~off]
             n = np.geomspace(16, 65536, 200)
             updates = fit.S_min + fit.E_min / n
             axes.plot(updates, n * updates, color="#BBBBBB", zorder=0)
             for own in part.itertuples():
                 colour, marker = KINDS[kind(own.arm)]
                 axes.plot(own.updates, own.examples, marker, color=colour, markersize=5)
-            # Arms that stand in one place share a label.
-            place = part[["updates", "examples"]].map(lambda value: round(math.log(value) / 0.1))
-            for _, own in part.groupby([place["updates"], place["examples"]], sort=False):
-                names = [*own["arm"].head(2), *([f"{len(own) - 2} more"] if len(own) > 2 else [])]
-                colour = KINDS[kind(names[0])][0]
-                spot = (own["updates"].max(), own["examples"].mean())
-                side = "right" if kind(names[0]) == "adaptive" else "left"
-                label = f"  {', '.join(names)}  "
-                axes.annotate(label, spot, fontsize=6.5, color=colour, va="center", ha=side)
             axes.set_xscale("log")
             axes.set_yscale("log")
             spans = (part["updates"], part["examples"])
-            axes.set_xlim(spans[0].min() / 1.5, spans[0].max() * 2.5)
+            axes.set_xlim(spans[0].min() / 2.5, spans[0].max() * 3.0)
             axes.set_ylim(spans[1].min() / 1.5, spans[1].max() * 1.5)
-            ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000) if spans[0].min() / 1.5 < t < spans[0].max() * 2.5]
+            ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000) if spans[0].min() / 2.5 < t < spans[0].max() * 3.0]
             axes.set_xticks(ticks, map(str, ticks))
             axes.xaxis.set_minor_formatter(NullFormatter())
+            _label_places(axes, part)
             axes.set_title(f"{fit.network}: to a loss of {fit.target:.1f}")
             axes.set_xlabel("updates")
         grid[0, 0].set_ylabel("examples")
         save(figure, folder, "figure")
+
+
+def _label_places(axes: Axes, part: pd.DataFrame) -> None:
+    """Names beside where the arms stand, moved apart where they would overlap; who stands in one place shares one."""
+    place = part[["updates", "examples"]].map(lambda value: round(math.log(value) / 0.05))
+    to_axes = axes.transData + axes.transAxes.inverted()
+    labels: dict[str, list[tuple[float, float, tuple[float, float], str]]] = {"left": [], "right": []}
+    for _, own in part.groupby([place["updates"], place["examples"]], sort=False):
+        names = sorted(own["arm"], key=lambda arm: kind(arm) != "adaptive")
+        name = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+        spot = (float(own["updates"].mean()), float(own["examples"].mean()))
+        x, y = to_axes.transform(spot)
+        labels["left" if kind(name) == "adaptive" else "right"].append((y, x, spot, name))
+    for side, entries in labels.items():
+        height = -math.inf
+        for y, x, spot, text in sorted(entries):
+            height = max(y, height + 0.042)
+            axes.annotate(
+                text,
+                spot,
+                (x + (0.025 if side == "right" else -0.025), height),
+                textcoords="axes fraction",
+                fontsize=7.5,
+                color=KINDS[kind(text)][0],
+                va="center",
+                ha="left" if side == "right" else "right",
+                arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2},
+            )
 
 
 def favourable(folder: Path) -> None:
@@ -324,6 +352,7 @@ def favourable(folder: Path) -> None:
                     name = "noise scale B" if index == 0 else None
                     right.plot(own["examples_seen"], own["noise_scale"], ":", color="#D55E00", linewidth=1, label=name)
         right.set_yscale("log")
+        right.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
         right.set_xlabel("examples")
         right.set_ylabel("examples")
         right.legend(fontsize=7)
