@@ -8,7 +8,7 @@ every optimizer's rate tuned over three decades of its own, on the noisy network
   descent with and without momentum), over fresh seeds.
 * M2: momentum gains more rates from a large batch: the ratio of the largest rates that work (``final`` at most 1.5
   times the seed's best, between two rates by the line through their logarithms) at 1024 and at 64, pair by pair over
-  fresh seeds, every rate on each. Theory: momentum's larger margin needs a batch of ``(1 + beta) / (1 - beta)`` times
+  seeds on which every rate was tried. Theory: momentum's larger margin needs a batch of ``(1 + beta) / (1 - beta)`` times
   the size.
 """
 
@@ -122,7 +122,7 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
             }
         )
     table = pd.DataFrame(rows)
-    limits = largest_rates(runs[runs["stage"] == "rates"])
+    limits = largest_rates(runs[runs["stage"].isin(["tune", "rates"])])
     return {"optimizers": table, "limits": limits, "claims": claims(final, limits)}
 
 
