@@ -8,8 +8,8 @@ every optimizer's rate tuned over three decades of its own, on the noisy network
   descent with and without momentum), over fresh seeds.
 * M2: momentum gains more rates from a large batch: the ratio of the largest rates that work (``final`` at most 1.5
   times the seed's best, between two rates by the line through their logarithms) at 1024 and at 64, pair by pair over
-  seeds on which every rate was tried. Theory: momentum's larger margin needs a batch of ``(1 + beta) / (1 - beta)`` times
-  the size.
+  seeds on which every rate was tried. Theory: momentum's larger margin needs a batch of ``(1 + beta) / (1 - beta)``
+  times the size.
 """
 
 from __future__ import annotations
@@ -123,7 +123,22 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
         )
     table = pd.DataFrame(rows)
     limits = largest_rates(runs[runs["stage"].isin(["tune", "rates"])])
-    return {"optimizers": table, "limits": limits, "claims": claims(final, limits)}
+    return {"optimizers": table, "effects": effects(final), "limits": limits, "claims": claims(final, limits)}
+
+
+def effects(final: pd.DataFrame) -> pd.DataFrame:
+    """For each optimizer, what the large batch does to its loss: ``final`` at the large one over that at the small."""
+    by_batch, rows = _of_batches(final, "final"), []
+    for method in by_batch:
+        own = by_batch[method].dropna().to_numpy(float)
+        if not len(own):
+            continue
+        found, _ = ratio(own, np.ones(len(own)))
+        momentum = bool(final.loc[final["method"] == method, "momentum"].iloc[0])
+        row = {"optimizer": method, "momentum": momentum, "seeds": len(own), "ratio": found.value}
+        rows.append(row | {"low": found.low, "high": found.high, "interval": found.kind})
+    columns = ["optimizer", "momentum", "seeds", "ratio", "low", "high", "interval"]
+    return pd.DataFrame(rows, columns=columns).sort_values("ratio", ignore_index=True)
 
 
 def largest_rates(runs: pd.DataFrame) -> pd.DataFrame:
@@ -161,10 +176,10 @@ def largest_that_works(rates: pd.Series, losses: pd.Series) -> float:
 
 def claims(final: pd.DataFrame, limits: pd.DataFrame) -> pd.DataFrame:
     """M1 and M2 for the pairs that differ in nothing but momentum."""
-    effects = {"M1": _of_batches(final, "final"), "M2": 1 / _of_batches(limits, "largest")}
+    measured = {"M1": _of_batches(final, "final"), "M2": 1 / _of_batches(limits, "largest")}
     said = {"M1": "loss at {} / loss at {}", "M2": "largest rate that works at {1} / at {0}"}
     rows = []
-    for claim, effect in effects.items():
+    for claim, effect in measured.items():
         for with_, without in PAIRS:
             if {with_, without} <= set(effect.columns):
                 both = effect[[with_, without]].dropna()

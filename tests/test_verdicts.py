@@ -221,7 +221,9 @@ class TestOtherStudies:
             for batch, factor in ((64, 1.0), (1024, effect)):
                 run = made_up({f"{method}, {batch}": [30 * factor, 31 * factor, 32 * factor]}).assign(method=method)
                 rows += [run.assign(batch=batch, momentum=has), run.assign(batch=batch, momentum=has, stage="tune")]
-        table = momentum.tables(pd.concat(rows, ignore_index=True), pd.DataFrame())["claims"]
+        found = momentum.tables(pd.concat(rows, ignore_index=True), pd.DataFrame())
+        effects, table = found["effects"].set_index("optimizer"), found["claims"]
+        assert effects["ratio"].to_dict() == pytest.approx({"momentum": 0.8, "sgd": 1.0})
         m1 = table[table["claim"] == "M1"].iloc[0]
         assert m1["value"] == pytest.approx(0.8)
         assert m1["verdict"] == "supported"
