@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptbatch as ab
+from adaptbatch.checkpoint import STATE_VERSION
+from adaptbatch.loop import Loop
 from tests import reference
 from tests.test_controller import batches, sgd, small_model, squared
 
@@ -110,7 +113,9 @@ def hand_written_in_half(rank: int, sync: str, scale: str) -> list[Tensor]:
     """
     model, data = sharded_model(half=True), [x.float() for x in shards(rank)]
     optimizer, cell = sgd(model), sum(sizes[0] for sizes in SIZES) / WORLD
+    loop = Loop(ab.Progress(world_size=WORLD))
     for steps, (low, high) in zip(STEPS, WINDOWS[1], strict=True):
+        loop = replace(loop, progress=replace(loop.progress, accumulation_steps=steps))
         each = sum(sum(sizes[low:high]) for sizes in SIZES) / WORLD
         reference = steps * cell if scale == "expected" else each
         for index in range(low, high):
@@ -120,7 +125,9 @@ def hand_written_in_half(rank: int, sync: str, scale: str) -> list[Tensor]:
             p.grad.div_(each / reference)
         optimizer.step()
         optimizer.zero_grad()
-        cell = each / (high - low)
+        largest = sum(max(sizes[low:high]) for sizes in SIZES) / WORLD
+        loop = loop.counted(each * WORLD, WORLD * (high - low), largest)
+        cell = loop.progress.cell_examples
     return [p.full_tensor().detach() for p in model.parameters()]
 
 
@@ -421,7 +428,7 @@ class TestFaults:
             assert "close_window() is too late on several ranks" in messages[0]
             assert "state_dict() is for between windows on several ranks, got one with 1 of 3" in messages[1]
             assert "must not keep the window's gradients on several ranks" in messages[2]
-            assert messages[3] == [4, 0]
+            assert messages[3] == [STATE_VERSION, 0]
 
 
 def by_hand(rank: int) -> list[Any]:

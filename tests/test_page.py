@@ -167,7 +167,8 @@ class TestStudies:
         text = (tmp_path / "pages" / "comparison.html").read_text()
         claims = pd.read_parquet(tmp_path / "comparison" / "claims.parquet")
         assert text.count('<tr class="supported">') == (claims["verdict"] == "supported").sum()
-        assert text.count('<img src="data:image/png;base64,') == 1
+        pictures = len(list((RESULTS / "comparison").glob("*.png")))
+        assert text.count('<img src="data:image/png;base64,') == pictures == 2
         assert "noisy, mnist, adaptive" in text
         assert "page " in capsys.readouterr().out
 
