@@ -211,6 +211,18 @@ def _t1(ledger: Ledger) -> None:
         ("report auroc", "origin's auroc", ".2f"),
     ):
         ledger.cell(f"t1.residual {name}", place, column, form, **residual)
+    for name, row in (("adaptive", "residual VAE, adaptive"), ("small", "residual VAE, 256")):
+        for what, column, form in (
+            ("train", "train loss", ".1f"),
+            ("auroc", "AUROC", ".2f"),
+            ("spikes", "spikes", ".0f"),
+        ):
+            ledger.cell(f"t1.{name} {what}", place, column, form, row=row)
+    ledger.cell("t1.adaptive batch", place, "mean n", ".0f", row="residual VAE, adaptive")
+    table = ledger.frame(place).set_index("row")
+    both = table.loc[["residual VAE, adaptive", "residual VAE, 256"]]
+    holds("both small batches end below 4000", both["train loss"].max() < table.loc["residual VAE, 4000", "train loss"])
+    holds("nothing diverges in the table", not table["diverged"].any())
     plain, ours = ledger.row(place, {"row": "VAE, 256"}), ledger.row(place, residual)
     better = ours["train loss"] < plain["train loss"] and ours["AUROC"] > plain["AUROC"]
     holds("the residual network at 4000 is better than the plain one, as in the report", better)
@@ -260,3 +272,31 @@ def favourable(ledger: Ledger) -> None:
     holds("whether Pareto is cheaper is undecided", verdicts["F2", said.format("pareto")] == "undecided")
     coupled = verdicts["F2", said.format("pareto, sqrt rate")]
     holds("the coupled one is not cheaper", coupled == "not supported")
+
+
+def momentum(ledger: Ledger) -> None:
+    """Seven optimizers at a small and a large batch."""
+    place = "momentum/optimizers"
+    table, effects = ledger.frame(place), ledger.frame("momentum/effects").set_index("optimizer")
+    small, large = sorted(table["batch"].unique())
+    wide = table.set_index(["optimizer", "batch"])
+    tried = ledger.frame("momentum/runs")
+    trials = int(tried[tried["stage"] == "tune"].groupby(["method", "batch"]).size().iloc[0])
+    rows = []
+    for name in effects.index:
+        row = [str(name), "yes" if effects.loc[name, "momentum"] else "no"]
+        for batch in (small, large):
+            own = wide.loc[(name, batch)]
+            diverged = f" ({own['diverged']:.0f} of {own['seeds']:.0f})" if own["diverged"] else ""
+            row += [f"{own['lr']:.1e}", f"{own['rates that work']:.0f}", shown(own["final"], ".1f") + diverged]
+        rows.append([*row, spread(*(effects.loc[name, end] for end in ("ratio", "low", "high")), ".2f")])
+    head = [f"{batch:.0f}: rate" if first else text for batch in (small, large) for first, text in HEADS]
+    ledger.table("momentum", place, ["", "momentum", *head, f"{large:.0f} / {small:.0f}"], rows)
+    ledger.add("momentum.trials", str(trials), "momentum/runs: stage = tune: rows of an optimizer and a batch")
+    ledger.add("momentum.small", f"{small:.0f}", f"{place}: smallest batch")
+    ledger.add("momentum.large", f"{large:.0f}", f"{place}: largest batch")
+    works = wide["rates that work"].unstack("batch")
+    holds("fewer rates work at the large batch", bool((works[large] <= works[small]).all()))
+
+
+HEADS = ((True, ""), (False, "work"), (False, "final loss"))
