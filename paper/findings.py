@@ -295,7 +295,7 @@ def momentum(ledger: Ledger) -> None:
     ledger.add("momentum.trials", str(trials), "momentum/runs: stage = tune: rows of an optimizer and a batch")
     ledger.add("momentum.small", f"{small:.0f}", f"{place}: smallest batch")
     ledger.add("momentum.large", f"{large:.0f}", f"{place}: largest batch")
-    works = wide["rates that work"].unstack("batch")
+    works = table.pivot_table(index="optimizer", columns="batch", values="rates that work")
     holds("fewer rates work at the large batch", bool((works[large] <= works[small]).all()))
 
 
