@@ -10,7 +10,7 @@ from paper.ledger import Ledger, spread
 from studies.verdicts import VERDICTS, counted
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("comparison", "sensitivity", "depth", "frontier", "favourable")
+CLAIMED = ("comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")
 
 
 def fill(ledger: Ledger) -> None:
@@ -46,6 +46,7 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     findings.origin,
     findings.depth,
     findings.sensitivity,
+    findings.momentum,
     findings.frontier,
     findings.favourable,
     claims,

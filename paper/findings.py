@@ -297,6 +297,25 @@ def momentum(ledger: Ledger) -> None:
     ledger.add("momentum.large", f"{large:.0f}", f"{place}: largest batch")
     works = table.pivot_table(index="optimizer", columns="batch", values="rates that work")
     holds("fewer rates work at the large batch", bool((works[large] <= works[small]).all()))
+    trained = effects.drop("radam")
+    text = " to ".join(shown(end, ".2f") for end in (trained["ratio"].min(), trained["ratio"].max()))
+    said = "momentum/effects: ratio without RAdam's, smallest to largest"
+    ledger.add("momentum.range", text, said)
+    holds("the large batch costs every optimizer but RAdam loss", bool((trained["ratio"] > 1.1).all()))
+    holds("RAdam diverges at the small batch", wide.loc[("radam", small), "diverged"] > 0)
+    largest = tried[tried["stage"] == "tune"].groupby("method")["lr"].max()
+    edge = [name for name in effects.index if wide.loc[(name, large), "lr"] == largest[name]]
+    ledger.add(
+        "momentum.edge", str(len(edge)), f"{place}: optimizers whose best rate at {large:.0f} is the largest tried"
+    )
+    holds("the edge concerns those without a bias correction", not {"adam", "adam without beta1"} & set(edge))
+    claims = ledger.frame("momentum/claims")
+    for claim in ("M1", "M2"):
+        own = claims[claims["claim"] == claim]
+        holds(f"{claim} is undecided", set(own["verdict"]) == {"undecided"} and len(own) == 2)
+    for name, pair in (("descent", "momentum / sgd"), ("adam", "adam / adam without beta1")):
+        what = f"loss at {large:.0f} / loss at {small:.0f}: {pair}, is below 1"
+        ledger.interval(f"momentum.{name}", "momentum/claims", "value", ".2f", claim="M1", what=what)
 
 
 HEADS = ((True, ""), (False, "work"), (False, "final loss"))

@@ -25,7 +25,7 @@ class Interval:
     """An estimate with its 95 % interval; NaN bounds where there is one value only.
 
     ``kind`` says how it was made: ``t``, ``bootstrap``, ``Wilson``, ``Newcombe``, or the ``range`` of all values, which
-    holds the median of five with 94 %, of two with 50 %.
+    holds the median of five with 94 %, of two with 50 %; ``one seed`` has none.
     """
 
     value: float
@@ -99,7 +99,7 @@ def ratio(ours: np.ndarray, theirs: np.ndarray) -> tuple[Interval, float]:
             return Interval(*(float(np.exp(x)) for x in (np.median(logs), logs.min(), logs.max())), "range"), p
     mean = float(logs.mean())
     if len(logs) < 2:
-        return Interval(math.exp(mean), math.nan, math.nan), math.nan
+        return Interval(math.exp(mean), math.nan, math.nan, "one seed"), math.nan
     if np.ptp(logs) < 1e-12:
         return Interval(*[math.exp(mean)] * 3), float(abs(mean) < 1e-12)
     test = stats.ttest_1samp(logs, 0.0)

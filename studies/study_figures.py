@@ -367,8 +367,9 @@ def momentum(folder: Path) -> None:
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(2, math.ceil(len(names) / 2), figsize=(10, 4.6), sharey=True, layout="constrained")
         for axes, name in zip(grid.flat, names, strict=False):
+            own = tune[tune["method"] == name]
             for batch, colour, marker in ((64, "#D55E00", "^"), (1024, "#0072B2", "D")):
-                part = tune[(tune["method"] == name) & (tune["batch"] == batch)].sort_values("lr")
+                part = own[own["batch"] == batch].sort_values("lr")
                 axes.plot(
                     part["lr"],
                     part["final"].clip(upper=top),
@@ -379,7 +380,7 @@ def momentum(folder: Path) -> None:
                 )
             axes.set_xscale("log")
             axes.set_title(
-                name + (" (momentum)" if bool(tune[tune["method"] == name]["momentum"].iloc[0]) else ""), fontsize=8
+                name + (", with momentum" if name != "momentum" and bool(own["momentum"].iloc[0]) else ""), fontsize=8
             )
         grid[0, 0].legend(fontsize=7)
         for axes in grid[:, 0]:
