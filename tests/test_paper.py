@@ -14,7 +14,7 @@ import pytest
 import adaptbatch as ab
 from paper import build, contents, method
 from paper.ledger import Ledger, LedgerError, holds, shown
-from studies import depth
+from studies import depth, momentum
 from studies.results import RESULTS, write_atomically
 
 PAPER = Path(build.__file__).parent
@@ -88,6 +88,9 @@ class TestNumbers:
 
     def test_what_the_depth_study_looked_at_is_the_codes(self, ledger):
         assert ledger.numbers["depth.examples"].text == str(depth.SCALES["laptop"].examples)
+
+    def test_when_a_rate_works_is_the_codes(self, ledger):
+        assert ledger.numbers["momentum.works"].text == f"{momentum.WORKS:g}"
 
     def test_symbols_are_the_codes(self):
         names = re.findall(r'raw\("([\w.]+)"\)', (PAPER / "sections" / "loop.typ").read_text())
