@@ -302,6 +302,10 @@ def momentum(ledger: Ledger) -> None:
     text = " to ".join(shown(end, ".2f") for end in (trained["ratio"].min(), trained["ratio"].max()))
     said = "momentum/effects: ratio without RAdam's, smallest to largest"
     ledger.add("momentum.range", text, said)
+    open_ = int(((trained["low"] < 1) & (trained["high"] > 1)).sum())
+    ledger.add(
+        "momentum.open", f"{open_} of {len(trained)}", "momentum/effects: intervals without RAdam's that hold one"
+    )
     holds("the large batch costs every optimizer but RAdam loss", bool((trained["ratio"] > 1.1).all()))
     holds("RAdam diverges at the small batch", wide.loc[("radam", small), "diverged"] > 0)
     largest = tried[tried["stage"] == "tune"].groupby("method")["lr"].max()

@@ -425,7 +425,8 @@ def _origin_curves(folder: Path) -> None:
     curves = load(folder.name, curves=True, folder=folder.parent)
     curves = curves[curves["stage"] == "table"]
     names, keys = list(curves["network"].unique()), curves.groupby("network", sort=False)["key"].unique()
-    colours = dict(zip(names, ["#000000", "#0072B2", "#56B4E9", "#D55E00", "#009E73"], strict=False))
+    # The controller in its own colour; grey levels differ, and the plain network is dotted.
+    colours = dict(zip(names, ["#000000", "#999999", KINDS["adaptive"][0], "#E69F00", "#CC79A7"], strict=False))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for name in names:
@@ -434,6 +435,7 @@ def _origin_curves(folder: Path) -> None:
                 axes.plot(
                     own["examples_seen"] / 1e6,
                     own["loss"],
+                    ":" if name == names[0] else "-",
                     color=colours[name],
                     linewidth=1.0,
                     alpha=1.0 if index == 0 else 0.45,
