@@ -211,7 +211,11 @@ def _t1(ledger: Ledger) -> None:
         ("report auroc", "origin's auroc", ".2f"),
     ):
         ledger.cell(f"t1.residual {name}", place, column, form, **residual)
-    for name, row in (("adaptive", "residual VAE, adaptive"), ("small", "residual VAE, 256")):
+    for name, row in (
+        ("adaptive", "residual VAE, adaptive"),
+        ("small", "residual VAE, 256"),
+        ("scaled", "scaled residual VAE, 256"),
+    ):
         for what, column, form in (
             ("train", "train loss", ".1f"),
             ("auroc", "AUROC", ".2f"),
@@ -220,6 +224,7 @@ def _t1(ledger: Ledger) -> None:
             ledger.cell(f"t1.{name} {what}", place, column, form, row=row)
     ledger.cell("t1.adaptive batch", place, "mean n", ".0f", row="residual VAE, adaptive")
     table = ledger.frame(place).set_index("row")
+    holds("scaled branches end lowest, without a spike", table["train loss"].idxmin() == "scaled residual VAE, 256")
     both = table.loc[["residual VAE, adaptive", "residual VAE, 256"]]
     holds("both small batches end below 4000", both["train loss"].max() < table.loc["residual VAE, 4000", "train loss"])
     holds("nothing diverges in the table", not table["diverged"].any())
