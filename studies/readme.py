@@ -251,9 +251,9 @@ def calibration_section() -> str:
         f"unbounded in {_range(lost['unbounded'])}.\n\n"
         f"Root mean square of log(estimate / truth) after {most} windows, on the same gradients:\n\n"
         f"{markdown(rows)}\n\n"
-        f"In {closer} of {len(compared)} comparisons a peer was closer to the truth than the controller by more than two "
-        f"standard errors; {finite} more, of the weakest signal after few windows, have no comparison: there the "
-        f"controller says that the noise scale is unbounded, where estimators that clip give a number. "
+        f"In {closer} of {len(compared)} comparisons a peer was closer to the truth than the controller by more than "
+        f"two standard errors; {finite} more, of the weakest signal after few windows, have no comparison: the "
+        f"controller sometimes says there that the noise scale is unbounded, where estimators that clip give a number. "
         f"`python -m studies calibration` repeats all of it."
     )
 
@@ -289,8 +289,8 @@ def overhead_section() -> str:
         "tensors newly allocated in a window.\n\n"
         "The estimates are unbiased: against the exact per-example covariance of a small network the mean over "
         f"{bias['windows'].iloc[0]:,} windows is off by at most {bias['bias %'].abs().max():.1f} % "
-        f"and by no more than {bias['bias in SE'].abs().max():.1f} standard errors, with equal and unequal micro-batches. "
-        "`python -m studies overhead` measures all of this on your machine."
+        f"and by no more than {bias['bias in SE'].abs().max():.1f} standard errors, with equal and unequal "
+        "micro-batches. `python -m studies overhead` measures all of this on your machine."
     )
 
 
