@@ -176,6 +176,7 @@ class BatchController:
         self._loop, self._decision = Loop(start).decided(self.rule, self.limits)
         # A controller that is dropped without close(), as in a notebook cell run again, leaves no hook behind.
         self._finalizer = weakref.finalize(self, self._sensor.close)
+        self._finalizer.atexit = False
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self._window.cells} of {self.accumulation_steps} micro-batches"
