@@ -719,9 +719,14 @@ class TestLoop:
         model = small_model()
         controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(3))
         data = batches([2, 2, 2])
-        for index, x in enumerate(controller.micro_batches(data)):
-            if index < 2:
-                controller.backward(squared(model, x), weight=len(x))
+
+        def epoch() -> None:
+            for index, x in enumerate(controller.micro_batches(data)):
+                if index < 2:
+                    controller.backward(squared(model, x), weight=len(x))
+
+        with pytest.warns(UserWarning, match="stays open with 2 micro-batches"):
+            epoch()
         assert not controller.step_due
         run(controller, data[:1])
         assert controller.history.to_pandas()["global_batch"].tolist() == [6]
