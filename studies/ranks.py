@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ def group() -> Iterator[None]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        # A rank that leaves while another still talks, or a replica that outlives its group, aborts in gloo's threads.
+        gc.collect()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
