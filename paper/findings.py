@@ -320,9 +320,19 @@ def momentum(ledger: Ledger) -> None:
     )
     holds("the edge concerns those without a bias correction", not {"adam", "adam without beta1"} & set(edge))
     claims = ledger.frame("momentum/claims")
-    for claim in ("M1", "M2"):
-        own = claims[claims["claim"] == claim]
-        holds(f"{claim} is undecided", set(own["verdict"]) == {"undecided"} and len(own) == 2)
+    verdicts = [claims.loc[claims["claim"] == claim, "verdict"].tolist() for claim in ("M1", "M2")]
+    holds("M1 is undecided, and M2 but for Adam", verdicts == [["undecided"] * 2, ["undecided", "supported"]])
+    seeds = claims.loc[claims["claim"] == "M2", "seeds"].unique()
+    ledger.add("momentum.limits seeds", f"{seeds.max():.0f}", "momentum/claims: claim = M2: seeds")
+    what = f"largest rate that works at {small:.0f} / at {large:.0f}: adam / adam without beta1, is below 1"
+    ledger.interval("momentum.limits", "momentum/claims", "value", ".2f", claim="M2", what=what)
+    limits = ledger.frame("momentum/limits").pivot_table(index=["method", "seed"], columns="batch", values="largest")
+    holds(
+        "Adam keeps its rates at the large batch",
+        bool(np.allclose(limits.loc["adam"][large], limits.loc["adam"][small])),
+    )
+    bare = limits.loc["adam without beta1"].dropna()
+    holds("without momentum it loses the largest", bool((bare[large] < bare[small]).all()))
     for name, pair in (("descent", "momentum / sgd"), ("adam", "adam / adam without beta1")):
         what = f"loss at {large:.0f} / loss at {small:.0f}: {pair}, is below 1"
         ledger.interval(f"momentum.{name}", "momentum/claims", "value", ".2f", claim="M1", what=what)
