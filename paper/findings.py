@@ -137,8 +137,9 @@ def frontier(ledger: Ledger) -> None:
         holds(f"updates hardly depend on the batch ({network})", own["updates"].max() < 2 * own["updates"].min())
         off = ((own["q low"] > 1) | (own["q high"] < 1)).sum()
         holds(f"most fixed batches are off their own hyperbola ({network})", off >= 3)
-        ramp = ledger.row("frontier/methods", {"network": network, "arm": "ramp"})
-        holds(f"the ramp is inside ({network})", ramp["q high"] < 1)
+        for arm in ("ramp", "rezero", *(("clip",) if network == "noisy" else ())):
+            inside = ledger.row("frontier/methods", {"network": network, "arm": arm})["q high"] < 1
+            holds(f"{arm} is inside the frontier of the {network} network", inside)
     verdicts = ledger.frame("frontier/claims")["verdict"]
     holds("F1 is not supported", set(verdicts) == {"not supported"})
 
