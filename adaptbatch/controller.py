@@ -244,6 +244,15 @@ class BatchController:
 
         Each item comes in a scope of its own, which synchronises ranks in a window's last. Ranks end together: when one
         has no next micro-batch, the others warn of what they have left over (:attr:`unused_micro_batches`).
+
+        One process asks for an item when a plain loop does, where ``len(loader)`` says which is the last. Where it has
+        no length, has a ``state_dict()``, or ranks are several, the next item is asked for with this one in hand.
+
+        An iteration that a ``break`` or an error left within a window warns at the next one, which goes on with it.
+
+        Raises:
+            RuntimeError: If the controller is closed, the item ahead overwrote the one in hand, or a newer iteration
+                has begun.
         """
         self._require_open()
         return self._stream.items(loader)
@@ -348,6 +357,7 @@ class BatchController:
         self._window, self._restored = OpenWindow(), None
         self._sensor.forget()
         self._keep_within_limits()
+        self._stream.forget()
 
     def normalize_(self, *, unscale: bool = True) -> Tensor:
         """Turn the accumulated gradients into the exact weighted mean, once; then is the time to clip.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from adaptbatch.distributed import Ranks
 
 Item = TypeVar("Item")
 
-_UNKNOWN, _MISSING = object(), object()
+_UNKNOWN: Any = object()
+_MISSING: Any = object()
 
 
 class Stream:
@@ -32,42 +36,62 @@ class Stream:
         self.used: bool | None = None
         self.unused = 0
         self._ended = False
+        self._iteration: object | None = None
+        self._open = ExitStack()
         self._loader: Any = None
         self._snapshot: Any = None
 
     def items(self, loader: Iterable[Item]) -> Iterator[Item]:
-        """The items of ``loader``, one ahead where that is needed to know the last; all ranks end together."""
-        items, self._loader, self._snapshot, self._ended = iter(loader), loader, None, False
+        """The items of ``loader``, one ahead only where that is needed to know the last; all ranks end together."""
+        mine = self._begin(loader)
+        source = _Source(loader, looks_ahead=self._ranks.several)
         length = self._common_length(loader)
-        upcoming: Any = next(items, _MISSING)
-        if not self._ranks.everyone(upcoming is not _MISSING):
-            self._report(loader, 0, upcoming)
+        if not self._ranks.everyone(not self._ranks.several or source.peek()):
+            self._report(source)
+            self._iteration = None
             return
-        handed, heard, any_heard = 0, False, False
+        had_backward, any_backward = False, False
         try:
-            while True:
-                upcoming = next(items, _MISSING) if upcoming is _UNKNOWN else upcoming
-                if upcoming is _MISSING:
-                    break
-                item, upcoming, handed = upcoming, _UNKNOWN, handed + 1
+            while source.peek():
+                item = source.take()
                 self.last, self._snapshot = False, None
-                # Where the window is full anyhow, one process leaves the loader where it stands.
                 if self._ranks.several or not self._fills():
-                    self._snapshot = _state_of(loader)
-                    upcoming = next(items, _MISSING)
-                    self.last = self._is_last(upcoming, handed, length)
+                    self._snapshot = _state_of(loader) if source.needs_look else None
+                    self.last = self._is_last(source, length)
                 with self._scope():
                     yield item
-                    heard = bool(self.used)
-                any_heard |= heard
+                    self._require_newest(mine)
+                    had_backward = bool(self.used)
+                any_backward |= had_backward
                 if self._ended or (self.last and self._ranks.lockstep):
-                    self._report(loader, handed, upcoming)
+                    self._report(source)
                     break
-            self._snapshot = None
-            if not heard:
-                self._report_unheard(any_heard)
+            self._snapshot = self._iteration = None
+            if source.handed:
+                self._report_end(source, had_backward, any_backward)
         finally:
-            self.last = False
+            if self._iteration in (None, mine):
+                self.last = False
+
+    def _begin(self, loader: Iterable[Any]) -> object:
+        """A new iteration takes the place of one that was left within an item, by a break or an error."""
+        if self._iteration is not None:
+            self._open.close()
+            if pending := self._pending():
+                warnings.warn(
+                    f"the iteration before was left within a window, which goes on with the {pending} micro-batches "
+                    f"that it holds; discard_window() first would begin a new one.",
+                    stacklevel=3,
+                )
+        self._iteration, self._loader, self._snapshot, self._ended = object(), loader, None, False
+        return self._iteration
+
+    def _require_newest(self, mine: object) -> None:
+        if self._iteration is not mine:
+            raise RuntimeError(
+                "this iteration of micro_batches() was left for a newer one; one such iteration ends before the next "
+                "begins."
+            )
 
     @contextmanager
     def scope(self, last: bool) -> Iterator[None]:
@@ -87,11 +111,20 @@ class Stream:
                 "iteration ends before the next begins."
             )
         self.used, self.closes = False, self.last or self._fills()
-        try:
-            with self._ranks.micro_batch(self.closes):
-                yield
-        finally:
-            self.used, self.closes = None, True
+        # Closed by a newer iteration too, where an error's traceback holds this one.
+        self._open = scope = ExitStack()
+        scope.callback(self._leave)
+        scope.enter_context(self._ranks.micro_batch(self.closes))
+        with scope:
+            yield
+
+    def _leave(self) -> None:
+        self.used, self.closes = None, True
+
+    def forget(self) -> None:
+        """The window was discarded: the micro-batch at hand may have its backward once more."""
+        if self.used:
+            self.used = False
 
     def end(self) -> None:
         """Some rank has no next micro-batch: hand out no more of this loader."""
@@ -119,33 +152,40 @@ class Stream:
         least = self._ranks.least(_length(loader))
         return least if least >= 0 else None
 
-    def _is_last(self, upcoming: object, handed: int, length: int | None) -> bool:
-        missing = upcoming is _MISSING
+    def _is_last(self, source: _Source, length: int | None) -> bool:
         if not self._ranks.lockstep:
-            return missing
+            return source.at_end()
         if length is not None:
-            return missing or handed >= length
-        return not self._ranks.everyone(not missing)
+            return source.handed >= length or not source.peek()
+        return not self._ranks.everyone(source.peek())
 
-    def _report_unheard(self, any_heard: bool) -> None:
-        """The last item had no backward, which is what ends a window."""
-        if not any_heard:
+    def _report_end(self, source: _Source, had_backward: bool, any_backward: bool) -> None:
+        """The last item had no backward, which is what ends a window, or was not known to be the last."""
+        pending = self._pending()
+        if not any_backward:
             warnings.warn(
                 "no item had its backward(), and nothing was accumulated; call controller.backward(loss, weight) in "
                 "place of loss.backward().",
                 stacklevel=3,
             )
-        elif pending := self._pending():
+        elif pending and not had_backward:
             warnings.warn(
                 f"the last item had no backward(), which would have ended its window: that stays open with {pending} "
                 f"micro-batches. Leave empty micro-batches out of the loader, or call close_window() and step().",
                 stacklevel=3,
             )
+        elif pending and source.handed != source.length >= 0:
+            warnings.warn(
+                f"the loader ended after {source.handed} items, len(loader) is {source.length}: its last window stays "
+                f"open with {pending} micro-batches. Give it the right length or none, or call close_window() and "
+                f"step().",
+                stacklevel=3,
+            )
 
-    def _report(self, loader: Iterable[Any], handed: int, upcoming: object) -> None:
-        if upcoming is _MISSING:
+    def _report(self, source: _Source) -> None:
+        if not source.peek():
             return
-        count = max(_length(loader) - handed, 1)
+        count = max(source.length - source.handed, 1)
         self.unused += count
         warnings.warn(
             f"rank {self._ranks.rank}: at least {count} micro-batches are left over, since another rank has no more; "
@@ -154,10 +194,85 @@ class Stream:
         )
 
 
+class _Source:
+    """The items of one loader, asked for as late as possible.
+
+    A plain loop asks for an item when it is done with the one before, and so does this while the loader's length tells
+    where it ends. Of one without a length, or with a state to go on from, the next item is asked for with this one in
+    hand, unless its window is full anyhow.
+
+    Attributes:
+        handed: Items taken.
+        length: ``len(loader)``; -1 where it has none.
+        needs_look: Whether the end is only found by asking.
+    """
+
+    def __init__(self, loader: Iterable[Any], looks_ahead: bool) -> None:
+        # One with a state may begin within its epoch, which its length does not say.
+        stateful = not isinstance(_state_of(loader), Exception | None)
+        self._items, self._upcoming = iter(loader), _UNKNOWN
+        self._error: Exception | None = None
+        self._in_hand: Any = None
+        self.handed, self.length = 0, _length(loader)
+        self.needs_look = looks_ahead or stateful or self.length < 0
+
+    def peek(self) -> bool:
+        """Whether there is another item.
+
+        Raises:
+            Exception: What the loader raised, once the items before it have been handed out.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._upcoming is _UNKNOWN:
+            self._upcoming = next(self._items, _MISSING)
+        return self._upcoming is not _MISSING
+
+    def take(self) -> Any:
+        """The item that :meth:`peek` has seen."""
+        self._in_hand, self._upcoming = self._upcoming, _UNKNOWN
+        self.handed += 1
+        return self._in_hand
+
+    def at_end(self) -> bool:
+        """Whether the item in hand is the last, as far as it can be known.
+
+        Raises:
+            RuntimeError: If looking for it wrote the next item over the one in hand.
+        """
+        if not self.needs_look:
+            return self.handed == self.length
+        try:
+            missing = not self.peek()
+        except Exception as error:
+            # The item in hand is good; the error is for whoever asks for the next.
+            self._error = error
+            return False
+        if not missing and _share_memory(self._in_hand, self._upcoming):
+            raise RuntimeError(
+                "the loader has no len() and yields one buffer again and again: the next item, looked at to know where "
+                "the data end, overwrote the one in hand. Yield copies, or give the loader its length."
+            )
+        return missing
+
+
+def _share_memory(one: Any, other: Any) -> bool:
+    """Whether two items hold the same tensors or arrays."""
+    if one is other:
+        return bool(_addresses(one))
+    return not _addresses(one).isdisjoint(_addresses(other))
+
+
+def _addresses(item: Any) -> set[int]:
+    leaves = tree_leaves(item)
+    found = {leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor) and leaf.numel()}
+    return found | {leaf.__array_interface__["data"][0] for leaf in leaves if hasattr(leaf, "__array_interface__")}
+
+
 def _length(loader: Iterable[Any]) -> int:
     try:
         return len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return -1
 
 

@@ -737,7 +737,8 @@ class TestLoop:
         for x in controller.micro_batches(batches([2] * 5)):
             controller.backward(squared(model, x), weight=len(x))
             break
-        run(controller, batches([2] * 3))
+        with pytest.warns(UserWarning, match="goes on with the 1 micro-batches that it holds"):
+            run(controller, batches([2] * 3))
         assert controller.history.to_pandas()["accumulation_steps"].tolist() == [2, 2]
 
     def test_a_hand_written_loop(self):
