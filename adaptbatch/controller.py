@@ -155,6 +155,7 @@ class BatchController:
         )
         self._restored: Mapping[str, Any] | None = None
         self._clippable = False
+        self._trainer_steps = False
         self._shared: dict[str, float] = {}
         self._sensor = Sensor(
             model,
@@ -175,7 +176,7 @@ class BatchController:
         )
         self._loop, self._decision = Loop(start).decided(self.rule, self.limits)
         # A controller that is dropped without close(), as in a notebook cell run again, leaves no hook behind.
-        self._finalizer = weakref.finalize(self, self._sensor.close)
+        self._finalizer = weakref.finalize(self, _unhook, self._sensor, self._stepper)
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
@@ -294,8 +295,8 @@ class BatchController:
                 window, the optimizer does not hold the model's parameters, or no gradient arrived. After an error
                 within the backward pass the window's gradients are incomplete: :meth:`discard_window`.
         """
-        with self.hear(loss, weight) as weighted:
-            self._stepper.scaled(weighted).backward()  # type: ignore[no-untyped-call]
+        with self._hearing(loss, weight) as weighted:
+            self._stepper.scaled(weighted, self._window.scale).backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def hear(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
@@ -303,6 +304,14 @@ class BatchController:
 
         A ``scaler`` is left to that call. Arguments and errors are those of :meth:`backward`.
         """
+        self._trainer_steps = True
+        if self._window.cells:
+            self._stepper.require_scale()
+        with self._hearing(loss, weight) as weighted:
+            yield weighted
+
+    @contextmanager
+    def _hearing(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
         self._require_open()
         weight = checked_weight(weight)
         require_scalar_loss(loss)
@@ -316,9 +325,10 @@ class BatchController:
         self._restore()
         if self._window.cells == 0:
             self._open_window(loss, weight)
-        elif not self._ranks.several:
+        else:
+            self._sensor.follow(self._window)
             # DDP may lay out its buckets anew between two backward passes.
-            self._sensor.require_untouched("backward()")
+            self._sensor.require_untouched(self._window, "backward()", stamps=not self._ranks.several)
         window, closes = self._window, self._stream.closes
         # Only a scope knows that this is the window's last; after a backward pass that synchronised, .grad is no
         # longer this rank's own.
@@ -328,6 +338,7 @@ class BatchController:
         synchronises = self._ranks.several and window.synced
         with self._sensor.hearing(window, loss, weight, sums=sums, synchronises=synchronises) as weighted:
             yield weighted
+        self._stepper.gate.refuses = None if self._trainer_steps else _STEP_WITHIN
         self._backward_passes += 1
         if self._stream.used is not None:
             self._stream.used = True
@@ -353,7 +364,8 @@ class BatchController:
     def discard_window(self) -> None:
         """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""
         self._stepper.abandon()
-        self.optimizer.zero_grad()
+        self._clear_gradients()
+        self._stepper.gate.refuses = None
         self._window, self._restored = OpenWindow(), None
         self._sensor.forget()
         self._keep_within_limits()
@@ -383,15 +395,18 @@ class BatchController:
         self._restore()
         if self._window.norms.batch is not None:
             return
-        self._sensor.require_untouched("normalize_()")
+        self._sensor.require_untouched(self._window, "normalize_()")
         if unscale:
-            self._stepper.unscale_()
+            self._stepper.unscale_(self._window.scale)
+        else:
+            self._stepper.require_scale()
         note = self._note() if self._ranks.several else {}
         self._shared = self._sensor.normalize_(self._window, note, scaled=not unscale)
         if self._ranks.several:
             require_agreement(self._ranks, note, self._shared)
             if self._shared["more"] < self._ranks.world_size:
                 self._stream.end()
+        self._stepper.gate.refuses, self._stepper.gate.passed = None, 0
 
     def _note(self) -> dict[str, float]:
         """What the ranks tell each other beside the sums: whether they go on, how long they took, that they agree."""
@@ -411,12 +426,14 @@ class BatchController:
         """
         self._require_due("step()")
         self._normalize()
+        self._require_not_stepped()
         began = time.perf_counter()
         window = self._finished()
         skipped = self._skips(window)
+        self._window.stepped = True
         applied = UNTOUCHED if skipped else self._take_step()
         self._stepper.update()
-        self.optimizer.zero_grad()
+        self._clear_gradients()
         return self._finish(window, applied, skipped, began)
 
     def record_step(self, *, skipped: bool = False) -> Decision:
@@ -433,7 +450,14 @@ class BatchController:
             raise RuntimeError("record_step() needs normalize_() before the optimizer's step: .grad was not the mean.")
         # Whatever the trainer clipped is gone with the gradients.
         self._clippable = False
+        self._clear_gradients()
         return self._finish(self._finished(), UNTOUCHED, skipped, time.perf_counter())
+
+    def _clear_gradients(self) -> None:
+        """Also where ``zero_grad()`` fills with zeros."""
+        self.optimizer.zero_grad()
+        for p in self._sensor.parameters:
+            p.grad = None
 
     def _finished(self) -> FinishedWindow:
         """The due window's numbers; with the norm after clipping where there was time to clip."""
@@ -469,6 +493,8 @@ class BatchController:
     def _skips(self, window: FinishedWindow) -> bool:
         """Whether the step is left out: its gradients are not finite, or the guard says so."""
         skips = False
+        if self._reads_first:
+            self._require_consistent(window)
         if self._reads_first and not window.measurement.finite:
             # Norms above 1e19 overflow in float32 though the gradient is finite: such a step is taken, not measured.
             finite = self._ranks.everyone(all_gradients_finite(self._sensor.parameters))
@@ -564,20 +590,18 @@ class BatchController:
 
     def _open_window(self, loss: Tensor, weight: float) -> None:
         self._sensor.attach()
-        if any(p.grad is not None for p in self._sensor.parameters):
-            raise RuntimeError(
-                "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
-                "(set_to_none=True) first. step() clears them itself."
-            )
+        self._sensor.require_clear()
         reference = self._expected_weight(weight) * self.accumulation_steps
-        self._window = self._sensor.open_window(reference, self._stepper.applied, self._optimizer_step)
+        turn = self._loop.progress.window
+        self._window = self._sensor.open_window(reference, self._stepper.applied, self._optimizer_step, turn=turn)
         self._window.scale = self._stepper.loss_scale(loss.device)
 
     def _expected_weight(self, weight: float) -> float:
         """Of a micro-batch in the window that opens with ``weight``; the same on all ranks."""
-        if not self._ranks.several:
-            return weight
         known = self._loop.progress.cell_examples
+        if not self._ranks.several:
+            # One micro-batch is its own mean, bit for bit; in a window of more the first may be unlike the others.
+            return weight if self.accumulation_steps == 1 or math.isnan(known) else known
         return self._ranks.sum({"weight": weight})["weight"] / self._ranks.world_size if math.isnan(known) else known
 
     def _restore(self) -> None:
@@ -697,6 +721,30 @@ class BatchController:
         if self._window.broken:
             raise RuntimeError("the window's last backward() failed, its gradients are incomplete; discard_window().")
 
+    def _require_not_stepped(self) -> None:
+        if self._window.stepped:
+            raise RuntimeError(
+                "step() was interrupted within the optimizer's step, which may have moved parameters already: a second "
+                "one would apply the update twice. discard_window() goes on from the parameters as they are, or load a "
+                "checkpoint."
+            )
+        if self._stepper.gate.passed:
+            raise RuntimeError(
+                "the optimizer has stepped since normalize_(), and step() would apply the update twice: leave "
+                "optimizer.step() to the controller, or call record_step() in a loop that steps itself."
+            )
+
+    def _require_consistent(self, window: FinishedWindow) -> None:
+        """No mean is longer than the root mean square of its parts; and a single part is the mean."""
+        measured = window.measurement
+        if window.named().get("suspect", 0.0) > 0.0:
+            raise RuntimeError(_INCONSISTENT)
+        if not measured.finite:
+            return
+        mean_sq, margin = measured.mean_sq_norm, self._sensor.rounding(window.all_cells)
+        if measured.batch_sq_norm > (1.0 + margin) * mean_sq:
+            raise RuntimeError(_INCONSISTENT)
+
     def _require_due(self, call: str) -> None:
         self._require_open()
         if not self._window.due:
@@ -724,5 +772,19 @@ class BatchController:
             )
 
 
+def _unhook(sensor: Sensor, stepper: Stepper) -> None:
+    sensor.close()
+    stepper.close()
+
+
+_STEP_WITHIN = (
+    "optimizer.step() was called within an open window, whose gradients are no mean yet: call controller.step() once "
+    "step_due is true, in place of optimizer.step()."
+)
+_INCONSISTENT = (
+    "the window's mean gradient is longer than its micro-batches' gradients allow: something adds to .grad or changes "
+    "it beside the losses that were measured (another loss, a penalty, a hook). Put it into the loss, or between "
+    "normalize_() and step(); discard_window() goes on without this window."
+)
 _NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
 _SECONDS = ("step_seconds", "seconds")

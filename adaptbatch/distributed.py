@@ -6,7 +6,8 @@ Alone, all of it is a no-op.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,9 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 Sync = Literal["last", "every"]
+
+# Communication hooks after which .grad is the ranks' mean but for rounding.
+_ROUNDING_HOOKS = {"allreduce_hook", "bf16_compress_hook", "fp16_compress_hook"}
 
 
 class Ranks:
@@ -42,8 +46,17 @@ class Ranks:
             raise ValueError(f"sync must be one of {get_args(Sync)}, got sync = {sync!r}.")
         # torch.compile(DDP(model)) hides it one level down.
         self._model = getattr(model, "_orig_mod", model)
-        self._sync = sync
         self._replicated = isinstance(self._model, DistributedDataParallel)
+        if self._replicated and self._model.static_graph and sync == "last":
+            warnings.warn(
+                "DistributedDataParallel with static_graph=True cannot leave a backward pass unsynchronised: gradients "
+                'are synchronised in every micro-batch, as with sync="every". Leave static_graph out to synchronise '
+                "once a window.",
+                stacklevel=3,
+            )
+            sync = "every"
+        self._sync = sync
+        self._reduced: set[int] | None = None
         self.sharded = any(is_sharded(p) for p in self._model.parameters())
         self.several = self._replicated or self.sharded
         initialized = dist.is_available() and dist.is_initialized()
@@ -66,7 +79,15 @@ class Ranks:
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch: gradients are synchronised in a window's last one."""
+        """Around forward and backward of one micro-batch: gradients are synchronised in a window's last one.
+
+        Raises:
+            RuntimeError: Within ``ddp.join()``.
+        """
+        if self._replicated and self._model._join_config.enable:  # type: ignore[union-attr]
+            raise RuntimeError(
+                "ddp.join() must not be around micro_batches(), which ends the ranks together itself; leave it out."
+            )
         quiet = not self.synchronises(last)
         with self._model.no_sync() if quiet and self._replicated else nullcontext():  # type: ignore[operator]
             if self.sharded:
@@ -77,6 +98,46 @@ class Ranks:
                 # A backward pass outside of any scope synchronises.
                 if self.sharded:
                     self._model.set_requires_gradient_sync(True)  # type: ignore[operator]
+
+    def require_synchronised(self, parameters: Sequence[Parameter]) -> None:
+        """Refuse parameters that every rank would train on its own, and hooks that change what the ranks' mean is.
+
+        Raises:
+            RuntimeError: If DDP or FSDP2 does not synchronise one of ``parameters``, or a communication hook of DDP
+                does more than round.
+        """
+        if self.sharded:
+            self._refuse_apart(sum(not is_sharded(p) for p in parameters), "give them to fully_shard (ignored_params)")
+        elif self._replicated:
+            reduced = self._ids_of_reduced()
+            way_out = "DDP synchronises what was trainable when it wrapped the model: wrap it anew"
+            self._refuse_apart(sum(id(p) not in reduced for p in parameters), way_out)
+            for hook, _ in getattr(self._model, "_comm_hooks", ()):
+                if getattr(hook, "__qualname__", "") not in _ROUNDING_HOOKS:
+                    raise RuntimeError(
+                        f"the communication hook {getattr(hook, '__qualname__', hook)!s} must be one of "
+                        f"{sorted(_ROUNDING_HOOKS)}: another makes .grad something else than the mean over the ranks "
+                        f"whose noise is measured. Register one of these, or none."
+                    )
+
+    def _refuse_apart(self, count: int, way_out: str) -> None:
+        if count:
+            raise RuntimeError(
+                f"{count} trained parameters are not synchronised, and every rank would train its own: {way_out}, or "
+                f"freeze them."
+            )
+
+    def _ids_of_reduced(self) -> set[int]:
+        """The parameters that DDP's reducer knows."""
+        if self._reduced is None:
+            model: Any = self._model
+            ignored = model.parameters_to_ignore
+            now = [p for name, p in model.module.named_parameters() if p.requires_grad and name not in ignored]
+            if len(now) != model._get_ddp_logging_data()["num_parameter_tensors"]:
+                # Frozen or thawed since: only its buckets tell.
+                now = [p for bucket in model.reducer._get_zeros_like_grad_buckets() for p in bucket.parameters()]
+            self._reduced = {id(p) for p in now}
+        return self._reduced
 
     def synchronises(self, last: bool) -> bool:
         """Whether a micro-batch in such a scope synchronises."""

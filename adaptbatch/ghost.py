@@ -115,6 +115,16 @@ class GhostProbe:
             self._layers[module] = layer
         self._record.prepare(self._layers.values(), parameters)
 
+    def is_attached(self, optimizer: Optimizer) -> bool:
+        """Whether the layers that count are those of what the optimizer trains now."""
+        trained = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        return [(id(p), p.device, p.dtype) for p in trained] == self._kinds
+
+    @property
+    def silent(self) -> bool:
+        """Whether no gradient arrived in the last backward pass."""
+        return not self._record.examples
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen to one backward pass; forget what an earlier one left behind."""

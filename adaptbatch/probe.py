@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from adaptbatch.distributed import is_sharded, local_part
 
@@ -24,6 +24,7 @@ HALF = (torch.float16, torch.bfloat16)
 # Gradients of at most this many elements wait for the end of the backward pass and are measured in one go: one by one,
 # each would cost as much as a large one. Together they are a sliver of the model.
 SMALL = 1024
+_NO_HOOKS = {None: None}
 _Kind = tuple[torch.device, torch.dtype]
 
 
@@ -46,6 +47,7 @@ class GradientProbe:
         self._in_model: set[int] = set()
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
+        self._own: list[tuple[Parameter, RemovableHandle]] = []
         self._boards: list[_NormBoard] = []
         self._metric_boards: list[_NormBoard] = []
         self._sum_boards: list[_NormBoard] = []
@@ -77,11 +79,20 @@ class GradientProbe:
         # Only of parameters that are held here, so that no id is used again.
         self._in_model = present & {id(p) for p in parameters}
         kinds = [(id(p), p.device, p.dtype) for p in parameters]
-        if kinds != self._kinds:
+        if kinds != self._kinds or not self._is_last():
             self.close()
             self.parameters, self._kinds = parameters, kinds
             self._hook_all()
             self._watch_shards(model)
+
+    def is_attached(self, optimizer: Optimizer) -> bool:
+        """Whether the hooks are those of what the optimizer trains now, and the last to see each gradient."""
+        trained = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        return [(id(p), p.device, p.dtype) for p in trained] == self._kinds and self._is_last()
+
+    def _is_last(self) -> bool:
+        """Whether no hook of somebody else changes a gradient after it is measured."""
+        return all(next(reversed(p._backward_hooks or _NO_HOOKS)) == handle.id for p, handle in self._own)
 
     def _hook_all(self) -> None:
         """One hook a parameter, and one board of norms for each device and type."""
@@ -100,7 +111,9 @@ class GradientProbe:
                 if is_sharded(self.parameters[index]):
                     self._shard_hooks[index] = hook
                 else:
-                    self._handles.append(self.parameters[index].register_hook(hook))  # type: ignore[no-untyped-call]
+                    handle = self.parameters[index].register_hook(hook)  # type: ignore[no-untyped-call]
+                    self._own.append((self.parameters[index], handle))
+                    self._handles.append(handle)
 
     def _watch_shards(self, model: nn.Module) -> None:
         """Hook what fully_shard gathers, when it first does: a sharded parameter's own hooks never fire."""
@@ -154,7 +167,9 @@ class GradientProbe:
                     so_far = self.parameters[index].grad
                     note_sum(grad if so_far is None else so_far + grad)
 
-        return hear
+        # A parameter that goes to another process goes without it, and without a warning.
+        silent: Callable[[Tensor], None] = unserializable_hook(hear)  # type: ignore[no-untyped-call]
+        return silent
 
     def use_metric(self, scales: Sequence[Tensor] | None) -> None:
         """Measure in a second metric too: the norm of each parameter's gradient times its scale; None ends it.
@@ -181,6 +196,11 @@ class GradientProbe:
             yield
         finally:
             self._open = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether no gradient arrived in the last backward pass."""
+        return not self._heard
 
     def take_sq_norm(self) -> Tensor:
         """Squared norm of the micro-batch gradient just heard: a float64 scalar on the device, not read.
@@ -216,7 +236,7 @@ class GradientProbe:
         for handle in self._handles:
             handle.remove()
         self._handles, self._boards, self._metric_boards, self._kinds, self.parameters = [], [], [], [], []
-        self._sum_boards, self._shard_hooks, self._unsharded = [], {}, {}
+        self._sum_boards, self._shard_hooks, self._unsharded, self._own = [], {}, {}, []
         self._scales = None
 
 

@@ -22,9 +22,9 @@ from adaptbatch.probe import (
     batch_gradient_sq_norm,
     divide_gradients_,
     gradient_norm,
-    gradient_stamps,
 )
 from adaptbatch.records import Measurement
+from adaptbatch.seal import GradientSeal, checks_all, rounding
 from adaptbatch.window import OpenWindow, SquaredNorms
 
 Metric = Literal["euclidean", "adam"]
@@ -105,38 +105,82 @@ class Sensor:
         self._kept: WindowGradients | None = None
         self._previous = PreviousGradient() if phase else None
         self._scales: Sequence[Tensor] | None = None
-        self._stamps: list[tuple[int, int] | None] = []
+        self._seal = GradientSeal()
+        self._turn = 0
+        self._checks_first = True
         self.attach()
 
     @property
     def parameters(self) -> list[Parameter]:
-        """The parameters that are measured."""
-        return self._probe.parameters
+        """All that the optimizer steps: one that is frozen or thawed within a window is part of its gradient."""
+        return list(dict.fromkeys(p for group in self._optimizer.param_groups for p in group["params"]))
 
     def attach(self) -> None:
         """Hook what the optimizer trains, again where it was replaced; see the probes."""
         self._probe.attach(self._model, self._optimizer)
+        self._ranks.require_synchronised(self._probe.parameters)
+        self._kinds = {p: (p.device, p.dtype) for p in self._probe.parameters}
 
-    def open_window(self, reference: float, applied: Adjustment, steps_taken: int = 0) -> OpenWindow:
+    def follow(self, window: OpenWindow) -> None:
+        """Within a window: hook what was thawed, added or hooked by somebody else since its last micro-batch.
+
+        Raises:
+            RuntimeError: If a parameter changed its type or device, which its gradient so far has not.
+        """
+        if self._probe.is_attached(self._optimizer):
+            return
+        before = self._kinds
+        trained = list(self._probe.parameters)
+        self.attach()
+        if any(before.get(p, kind) != kind for p, kind in self._kinds.items()):
+            raise RuntimeError(
+                "parameters changed their type or device within the window, as by model.double() or model.to(), and "
+                "its gradients with them; do so between windows. discard_window() goes on without this one."
+            )
+        self._checks_first = True
+        if self._scales is not None and trained != self._probe.parameters:
+            # Its micro-batches would be in two metrics.
+            self._scales, window.in_metric = None, None
+
+    def require_clear(self) -> None:
+        """Before a window: whatever is left in ``.grad`` is zero, as of a ``zero_grad()`` that fills, and goes.
+
+        Raises:
+            RuntimeError: If it is not.
+        """
+        left = [p for p in self.parameters if p.grad is not None]
+        if left and not self._sq_norm() == 0.0:
+            raise RuntimeError(
+                "gradients are left from before this window and would enter its mean; call optimizer.zero_grad() "
+                "first. step() clears them itself."
+            )
+        for p in left:
+            p.grad = None
+
+    def open_window(
+        self, reference: float, applied: Adjustment, steps_taken: int = 0, *, turn: int | None = None
+    ) -> OpenWindow:
         """A window that is expected to weigh ``reference``, measured in the metric of the step before.
 
         Args:
             reference: The weight a full window of equal micro-batches will have: the division at its end is by one.
             applied: The adjustment of the last step.
             steps_taken: Optimizer steps so far, for an optimizer that counts them on a GPU: nothing waits for it.
+            turn: Windows before this one; None: one more than last time.
         """
+        self._turn = self._turn + 1 if turn is None else turn
         window = OpenWindow(reference=reference)
         self._kept = WindowGradients() if self._keep_gradients else None
         if isinstance(self._probe, GradientProbe) and self.metric == "adam":
             steps = steps_taken if self._counts_on_device() else None
-            self._scales = metric_scales(self._optimizer, self.parameters, applied, steps)
+            self._scales = metric_scales(self._optimizer, self._probe.parameters, applied, steps)
             self._probe.use_metric(self._scales)
             window.in_metric = None if self._scales is None else SquaredNorms()
         return window
 
     def _counts_on_device(self) -> bool:
         """Whether reading the optimizer's own step counts would stall the device."""
-        counts = (self._optimizer.state.get(p, {}).get("step") for p in self.parameters)
+        counts = (self._optimizer.state.get(p, {}).get("step") for p in self._probe.parameters)
         return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
 
     @contextmanager
@@ -158,37 +202,87 @@ class Sensor:
         probe = self._probe
         with probe.listening(sums, synchronises) if isinstance(probe, GradientProbe) else probe.listening():
             yield loss if scale == 1.0 else loss * scale
+        self._require_gradient(window)
         in_metric = None
         if isinstance(self._probe, GradientProbe):
             sq_norm, in_metric = self._probe.take_sq_norm(), self._probe.sq_norm_in_metric()
+            self._check_first(window, sq_norm, synchronises)
         else:
             sq_norm = self._probe.take_example_sq_norms()
             require_examples(weight, len(sq_norm))
         window.broken = False
-        self._stamps = self._stamped()
+        self._close_seal()
         window.add(sq_norm, loss.detach(), weight, in_metric)
         if self._kept is not None:
             self._kept.add(self.parameters, weight)
         if sums and isinstance(self._probe, GradientProbe) and (own := self._probe.sum_sq_norm()) is not None:
             window.extra["rank_sq_norms"] = own * (window.reference**2 / window.weight)
 
-    def require_untouched(self, call: str) -> None:
-        """Refuse an open window whose gradients something else has written to since they were heard.
+    def _require_gradient(self, window: OpenWindow) -> None:
+        """Refuse a backward pass that left nothing; a window that it did not touch goes on.
 
         Raises:
-            RuntimeError: If another backward pass, ``zero_grad()`` or clipping did.
+            RuntimeError: If no gradient arrived, or something took all of them away.
         """
-        if self._stamped() != self._stamps:
+        if self._ranks.sharded:
+            return
+        if self._probe.silent:
+            window.broken = window.cells > 0 and not self._seal.stamped(self.parameters)
+        elif all(p.grad is None for p in self.parameters):
             raise RuntimeError(
-                f"{call} found gradients that were changed within the window, by zero_grad(), unscale_(), clipping or "
-                f"another backward pass: its mean and its noise would be wrong. step() clears gradients and "
-                f"normalize_() unscales them, clipping goes between the two, and other losses are kept off these "
-                f"parameters by requires_grad_(False). discard_window() goes on without this window."
+                "no parameter has a gradient after the backward pass, though all were computed: a hook used them up, "
+                "as an optimizer in the backward pass does. Take it out, the controller steps once a window; "
+                "discard_window()."
             )
 
-    def _stamped(self) -> list[tuple[int, int] | None]:
-        """What shows whether ``.grad`` was changed; fully_shard changes it between backward passes itself."""
-        return [] if self._ranks.sharded else gradient_stamps(self.parameters)
+    def _check_first(self, window: OpenWindow, sq_norm: Tensor, synchronises: bool) -> None:
+        """Of a window's first micro-batch, the norm that was measured must be that of ``.grad``."""
+        if window.cells or synchronises or self._ranks.sharded:
+            return
+        parameters = self.parameters
+        if self._checks_first or checks_all(self._turn) or any(p._post_accumulate_grad_hooks for p in parameters):
+            self._checks_first = False
+            arrived = batch_gradient_sq_norm(parameters)
+            off = (arrived - sq_norm).abs() > rounding(parameters, 1) * torch.maximum(arrived, sq_norm)
+            self._suspect(window, off, _MISMATCH)
+
+    def _suspect(self, window: OpenWindow, wrong: Tensor, message: str) -> None:
+        """Refuse at once where the host knows; on a GPU at the window's end, whose numbers it reads anyhow."""
+        if wrong.device.type == "cpu":
+            if wrong:
+                window.broken = True
+                raise RuntimeError(message)
+            return
+        before = window.extra.get("suspect")
+        window.extra["suspect"] = wrong.double() if before is None else before + wrong
+
+    def rounding(self, micro_batches: int) -> float:
+        """How far the squared norm of a mean of so many may be off, relatively."""
+        # Communication in half precision rounds on the way.
+        return 0.03 if self._ranks.several else rounding(self.parameters, micro_batches)
+
+    def _close_seal(self) -> None:
+        # fully_shard changes .grad between backward passes itself.
+        if not self._ranks.sharded:
+            self._seal.close(self.parameters, self._turn)
+
+    def require_untouched(self, window: OpenWindow, call: str, *, stamps: bool = True) -> None:
+        """Refuse an open window whose gradients something else has written to since they were measured.
+
+        Args:
+            window: With at least one micro-batch.
+            call: Who asks.
+            stamps: False where DDP may lay out its buckets anew, as between two backward passes.
+
+        Raises:
+            RuntimeError: If another backward pass, ``zero_grad()`` or clipping did, or a write through ``.data``.
+        """
+        if self._ranks.sharded:
+            return
+        message = f"{call} {_TOUCHED}"
+        if stamps and not self._seal.stamped(self.parameters):
+            raise RuntimeError(message)
+        self._suspect(window, self._seal.rewritten(), message)
 
     def normalize_(
         self, window: OpenWindow, note: Mapping[str, float] | None = None, *, scaled: bool = False
@@ -245,7 +339,7 @@ class Sensor:
     def _sq_norm(self, scales: Sequence[Tensor] | None = None) -> Tensor:
         """This rank's part of ``|.grad|^2``; the parts sum up to it over the ranks."""
         if not self._ranks.sharded:
-            sq_norm = batch_gradient_sq_norm(self.parameters, scales)
+            sq_norm = batch_gradient_sq_norm(self.parameters if scales is None else self._probe.parameters, scales)
             return sq_norm / self._ranks.world_size if self._ranks.several else sq_norm
         terms = [
             unique_share(p, self._ranks.world_size) * gradient_norm(local_part(p.grad)).double().square()
@@ -266,7 +360,7 @@ class Sensor:
                 f"{type(self._probe).__name__} and {window.cells}; use rule=Fixed(1)."
             )
         found = {}
-        for (name, sq_norms), p in zip(self._probe.layer_sq_norms().items(), self.parameters, strict=True):
+        for (name, sq_norms), p in zip(self._probe.layer_sq_norms().items(), self._probe.parameters, strict=True):
             scale = 1.0 if window.scale is None else float(window.scale)
             weighted = float(sq_norms.sum()) * (window.reference / scale) ** 2
             batch = 0.0 if p.grad is None else float(batch_gradient_sq_norm([p]))
@@ -292,9 +386,7 @@ class Sensor:
         Raises:
             ValueError: If they are not of the parameters that are trained now.
         """
-        groups = self._optimizer.param_groups
-        trained = dict.fromkeys(p for group in groups for p in group["params"] if p.requires_grad)
-        own = [tuple(p.shape) for p in trained]
+        own = [tuple(p.shape) for p in self.parameters]
         named = {} if state["gradients"] is None else {"['gradients']": state["gradients"]}
         if state["kept"] is not None:
             named |= {f"['kept']['sums'][{index}]": sums for index, sums in enumerate(state["kept"]["sums"])}
@@ -320,7 +412,7 @@ class Sensor:
             window.in_metric = None if metric is None else window.in_metric
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
-        self._stamps = self._stamped()
+        self._close_seal()
         if self._kept is not None:
             self._kept = self._kept_from(state["kept"])
         previous = state["previous"] or ()
@@ -344,6 +436,19 @@ class Sensor:
     def close(self) -> None:
         """Remove every hook."""
         self._probe.close()
+
+
+_TOUCHED = (
+    "found gradients that were changed within the window, by zero_grad(), unscale_(), clipping, a write through .data "
+    "or another backward pass: its mean and its noise would be wrong. step() clears gradients and normalize_() "
+    "unscales them, clipping goes between the two, and other losses are kept off these parameters by "
+    "requires_grad_(False). discard_window() goes on without this window."
+)
+_MISMATCH = (
+    "the gradient that arrived in .grad is not the one that was measured: something changes it in between, such as a "
+    "hook of register_post_accumulate_grad_hook or one that registers itself in each pass. Change gradients in a hook "
+    "of Tensor.register_hook, which is measured, or between normalize_() and step(); discard_window() goes on."
+)
 
 
 def _copy(gradient: Tensor | None) -> Tensor | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
@@ -30,7 +33,7 @@ class Stepper:
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1))
         >>> stepper = Stepper(torch.optim.SGD([weight], lr=0.5))
-        >>> stepper.scaled(weight.sum()).backward()
+        >>> stepper.scaled(weight.sum(), scale=None).backward()
         >>> stepper.step(32.0, NoiseTracker(), float("inf")) == UNTOUCHED, weight.item()
         (True, 0.5)
     """
@@ -42,27 +45,60 @@ class Stepper:
         require_plain_step(optimizer)
         if coupling is not None:
             require_coupling(optimizer, coupling)
-        self._optimizer, self._scaler, self._coupling = optimizer, scaler, coupling
+        # A scaler that is switched off neither scales nor unscales.
+        enabled = scaler is not None and getattr(scaler, "is_enabled", lambda: True)()
+        self._optimizer, self._scaler, self._coupling = optimizer, scaler if enabled else None, coupling
         self.applied = UNTOUCHED
-        # Whether the scaler has looked for infinities since its last update.
-        self._looked = False
+        self.gate = StepGate(optimizer)
+        # The scaler's state as of the window's opening, and when it last looked for infinities.
+        self._opened: _Stamp = None
+        self._looked: _Stamp = None
+        self._unscaled = False
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """What is back-propagated in place of ``loss``."""
-        return loss if self._scaler is None else self._scaler.scale(loss)
+    def scaled(self, loss: Tensor, scale: Tensor | None) -> Tensor:
+        """What is back-propagated in place of ``loss`` in a window of that loss scale."""
+        return loss if scale is None else loss * scale.to(loss.device)
 
     def loss_scale(self, device: torch.device) -> Tensor | None:
-        """The scale until the next :meth:`update`, on the device: reading it would wait."""
-        return None if self._scaler is None else self._scaler.scale(torch.ones((), device=device))
+        """The scale of the window that opens now, on the device: reading it would wait.
 
-    def unscale_(self) -> None:
-        """Take the scale out of ``.grad``, once a step.
+        All its micro-batches have it, whatever another owner of the scaler does meanwhile.
+        """
+        self._unscaled = False
+        if self._scaler is None:
+            return None
+        scale = self._scaler.scale(torch.ones((), device=device))
+        self._opened = self._stamp()
+        return scale
+
+    def _stamp(self) -> _Stamp:
+        """Which tensor the scale is in and how often it was written to: each ``update()`` writes."""
+        scale = getattr(self._scaler, "_scale", None)
+        return None if scale is None else (id(scale), scale._version)
+
+    def require_scale(self) -> None:
+        """Refuse, where a trainer scales the losses itself, a scale that changed within the window.
+
+        Raises:
+            RuntimeError: If somebody updated the scaler since the window opened.
+        """
+        if self._scaler is not None and self._opened is not None and self._stamp() != self._opened:
+            raise RuntimeError(
+                "the loss scale was updated within the window, whose gradients so far have another: the scaler's "
+                "update() belongs to the end of a window. discard_window() goes on without this one."
+            )
+
+    def unscale_(self, scale: Tensor | None) -> None:
+        """Take the window's ``scale`` out of ``.grad``, once a step.
 
         Raises:
             RuntimeError: If that was done already, by whom else.
         """
-        if self._scaler is None:
+        if self._scaler is None or scale is None:
             return
+        if self._opened is None or self._stamp() != self._opened:
+            # The scaler divides by its own, which may be another by now, or another's than the checkpoint's.
+            self._multiply(self._scaler.scale(torch.ones_like(scale)) / scale)
         try:
             self._scaler.unscale_(self._optimizer)
         except RuntimeError as error:
@@ -70,7 +106,14 @@ class Stepper:
                 f"the scaler refuses to unscale the window's gradients: {error} normalize_() unscales them; leave "
                 f"scaler.unscale_(), scaler.step() and scaler.update() to the controller."
             ) from error
-        self._looked = True
+        self._looked, self._unscaled = self._stamp(), True
+
+    @torch.no_grad()
+    def _multiply(self, factor: Tensor) -> None:
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(factor.to(p.grad))
 
     def step(self, batch: float, pooled: NoiseTracker, population: float) -> Adjustment:
         """Step, under the coupling's adjustment for ``batch``.
@@ -93,22 +136,92 @@ class Stepper:
         return adjustment
 
     def _step(self) -> None:
-        if self._scaler is None:
-            self._optimizer.step()
-        else:
+        with self.gate.own():
+            if self._scaler is None:
+                self._optimizer.step()
+                return
+            if self._unscaled and not self._has_looked:
+                # Another owner's update() made it forget that these are unscaled: it does so again.
+                self._multiply(self._scaler.scale(torch.ones((), device=self._device)))
             self._scaler.step(self._optimizer)
-            self._looked = True
+            self._looked = self._stamp()
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self._optimizer.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def _has_looked(self) -> bool:
+        """Whether the scaler has looked for infinities since its last update."""
+        return self._looked is not None and self._looked == self._stamp()
 
     def update(self) -> None:
         """Once a window, stepped or skipped: the scaler grows or backs off."""
         if self._scaler is None:
             return
-        if not self._looked:
+        if not self._has_looked:
             self._scaler.unscale_(self._optimizer)
         self._scaler.update()
-        self._looked = False
+        self._looked = None
 
     def abandon(self) -> None:
         """The window comes to nothing; a scaler that has unscaled it may unscale the next one."""
-        if self._looked:
+        if self._has_looked:
             self.update()
+
+    def close(self) -> None:
+        """Leave nothing on the optimizer."""
+        self.gate.close()
+
+
+class StepGate:
+    """Notices steps of an optimizer that are not the controller's.
+
+    Attributes:
+        refuses: Why a step would be wrong now; None: it would not be.
+        passed: Steps of somebody else since it was last set to zero.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        >>> gate = StepGate(optimizer)
+        >>> gate.refuses = "the window is open"
+        >>> optimizer.step()
+        Traceback (most recent call last):
+        RuntimeError: the window is open
+        >>> with gate.own():
+        ...     optimizer.step()
+        >>> gate.close()
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.refuses: str | None = None
+        self.passed = 0
+        self._own = False
+        # Wrappers of optimizers may not be initialised as one.
+        hooked = hasattr(optimizer, "_optimizer_step_pre_hooks")
+        self._handle = optimizer.register_step_pre_hook(self._before) if hooked else None
+
+    def _before(self, *_: object) -> None:
+        if self._own:
+            return
+        if self.refuses is not None:
+            raise RuntimeError(self.refuses)
+        self.passed += 1
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """The controller's own step."""
+        self._own = True
+        try:
+            yield
+        finally:
+            self._own = False
+
+    def close(self) -> None:
+        """Leave nothing on the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+_Stamp = tuple[int, int] | None

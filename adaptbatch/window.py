@@ -34,7 +34,8 @@ class OpenWindow:
     Each loss is back-propagated times ``weight / reference``: the weight of all micro-batches that are expected makes
     the accumulated gradient the mean already when they arrive, and keeps it near a mean's size when others do.
     ``cells`` counts this rank's micro-batches, ``all_cells`` those of all ranks, ``pieces`` what was measured on its
-    own: the micro-batches, or their examples. ``ended`` says that the data ended with it. ``scale`` is a GradScaler's.
+    own: the micro-batches, or their examples. ``ended`` says that the data ended with it, ``stepped`` that its step has
+    begun. ``scale`` is a GradScaler's.
     ``extra`` holds what only some windows measure, by the name of its :class:`~adaptbatch.records.Measurement` field.
     """
 
@@ -47,6 +48,7 @@ class OpenWindow:
     due: bool = False
     ended: bool = False
     broken: bool = False
+    stepped: bool = False
     synced: bool = True
     scale: Tensor | None = None
     norms: SquaredNorms = field(default_factory=SquaredNorms)
