@@ -19,6 +19,17 @@ def require_pair(model: object, optimizer: object) -> None:
         )
 
 
+def require_shared_parameter(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that trains none of the model's parameters."""
+    own = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if held and not any(id(p) in own for p in held):
+        raise ValueError(
+            f"optimizer must hold parameters of model, got {len(held)} parameters none of which it has; make the "
+            f"optimizer from model.parameters(), after the model was moved, sharded or loaded with assign=True."
+        )
+
+
 def require_kind(name: str, value: object, kind: type, way_out: str) -> None:
     """Refuse what is neither None nor one of ``kind``, its class included."""
     if value is not None and (isinstance(value, type) or not isinstance(value, kind)):

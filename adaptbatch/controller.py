@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from adaptbatch import noise
 from adaptbatch.checkpoint import STATE_VERSION, require_state
-from adaptbatch.checks import checked_weight, require_kind, require_pair, require_scalar_loss
+from adaptbatch.checks import checked_weight, require_kind, require_pair, require_scalar_loss, require_shared_parameter
 from adaptbatch.distributed import Ranks, Sync, require_agreement
 from adaptbatch.explain import explain
 from adaptbatch.history import History, decision_row
@@ -115,6 +115,7 @@ class BatchController:
         skip_nonfinite: bool = True,
     ) -> None:
         require_pair(model, optimizer)
+        require_shared_parameter(model, optimizer)
         require_kind(
             "rule", rule, Rule, "RelativeStandardError() is the default, Fixed(4) takes 4 micro-batches always"
         )
@@ -156,6 +157,8 @@ class BatchController:
         self._restored: Mapping[str, Any] | None = None
         self._clippable = False
         self._trainer_steps = False
+        # The index of the window in the history's first row.
+        self._first_row = 0
         self._shared: dict[str, float] = {}
         self._sensor = Sensor(
             model,
@@ -330,6 +333,8 @@ class BatchController:
             # DDP may lay out its buckets anew between two backward passes.
             self._sensor.require_untouched(self._window, "backward()", stamps=not self._ranks.several)
         window, closes = self._window, self._stream.closes
+        if not self._ranks.several:
+            self._sensor.make_room(window, weight, window.reference / self.accumulation_steps)
         # Only a scope knows that this is the window's last; after a backward pass that synchronised, .grad is no
         # longer this rank's own.
         local = self._ranks.several and self._stream.used is not None and (window.cells == 0 or not window.synced)
@@ -672,6 +677,8 @@ class BatchController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, to the last bit (ghost norms: estimates to rounding).
 
+        Rows of the history that were added since it was taken are cut, so that none is there twice.
+
         Model and optimizer may be loaded before or after it; gradients of an open window are put in place at the next
         micro-batch. A file that was cut short fails before, in ``torch.load``, with an error of its own; a flipped bit
         that leaves a possible number is found by neither.
@@ -709,7 +716,12 @@ class BatchController:
         self._window = OpenWindow() if window is None else OpenWindow.from_state_dict(window, device)
         self._restored = state["sensor"]
         self._late = None if late is None else FinishedWindow.from_state_dict(late)
+        self._cut_history(progress.window)
         self._keep_within_limits()
+
+    def _cut_history(self, window: int) -> None:
+        """Rows of windows that come again go; ``window`` is the index of the one to come."""
+        self._first_row = window - self.history.cut(window - self._first_row)
 
     # --- refusals -----------------------------------------------------------------------------------------------
 

@@ -35,6 +35,10 @@ class WindowGradients:
         self.sums.append([None if p.grad is None else _dense(p.grad).clone() for p in parameters])
         self.weights.append(weight)
 
+    def divide(self, divisor: float) -> None:
+        """The accumulated gradients are divided by ``divisor``, and so are their copies."""
+        self.sums = [[None if g is None else g / divisor for g in sums] for sums in self.sums]
+
     def radial_sq_norms(self, parameters: Sequence[Parameter], reference: float) -> Tensor:
         """``sum_c w_c <g_c, g>^2 / |g|^2`` with ``g`` the normalised mean in ``.grad``; a float64 scalar on the device.
 

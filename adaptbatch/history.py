@@ -124,6 +124,22 @@ class History:
         for name, value in row.items():
             self._columns[name].append(value)
 
+    def cut(self, length: int) -> int:
+        """Drop all rows but the first ``length``; returns how many are left.
+
+        Example:
+            >>> history = History()
+            >>> for _ in range(3):
+            ...     history.append(dict.fromkeys(COLUMNS, 0))
+            >>> history.cut(2), history.cut(5), history.cut(-1)
+            (2, 2, 0)
+        """
+        self._settle()
+        for column in self._columns.values():
+            del column[max(length, 0) :]
+        self._complete = min(self._complete, len(self))
+        return len(self)
+
     def amend(self, index: int, values: dict[str, float]) -> None:
         """Fill in what reached the host late; this row, and any before it, is complete then."""
         for name, value in values.items():

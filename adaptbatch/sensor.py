@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -28,6 +29,9 @@ from adaptbatch.seal import GradientSeal, checks_all, rounding
 from adaptbatch.window import OpenWindow, SquaredNorms
 
 Metric = Literal["euclidean", "adam"]
+
+# Times the expected weight that a micro-batch may have before the window's reference follows it.
+HEAVY = 4.0
 
 
 class Sensor:
@@ -141,6 +145,27 @@ class Sensor:
         if self._scales is not None and trained != self._probe.parameters:
             # Its micro-batches would be in two metrics.
             self._scales, window.in_metric = None, None
+
+    @torch.no_grad()
+    def make_room(self, window: OpenWindow, weight: float, expected: float) -> None:
+        """Raise the reference of a window whose first micro-batches were light: a heavy one's loss is not blown up.
+
+        By a power of two, so that nothing is rounded.
+
+        Args:
+            window: Of one process.
+            weight: Of the micro-batch to come.
+            expected: What a micro-batch of the window was expected to weigh.
+        """
+        if weight <= HEAVY * expected:
+            return
+        factor = 2.0 ** math.ceil(math.log2(weight / expected))
+        window.reference *= factor
+        if window.cells:
+            divide_gradients_(self.parameters, factor)
+            if self._kept is not None:
+                self._kept.divide(factor)
+            self._close_seal()
 
     def require_clear(self) -> None:
         """Before a window: whatever is left in ``.grad`` is zero, as of a ``zero_grad()`` that fills, and goes.
