@@ -542,6 +542,10 @@ class BatchController:
         self._record(window, loop.evidence(), applied, skipped)
         for one in heard:
             self._amend(one)
+        if not self._reads_first:
+            # Too late to hold the step back, not too late to say so.
+            for one in heard:
+                self._require_consistent(one)
         return self._decision
 
     def _timed(self, step: float, rest: float) -> tuple[float, ...]:
@@ -660,6 +664,8 @@ class BatchController:
         if self._window.cells:
             self._require_open()
         self._restore()
+        if self._window.cells:
+            self._sensor.require_untouched(self._window, "state_dict()")
         return {
             "version": STATE_VERSION,
             "optimizer_step": self._optimizer_step,

@@ -109,16 +109,30 @@ class Ranks:
         if self.sharded:
             self._refuse_apart(sum(not is_sharded(p) for p in parameters), "give them to fully_shard (ignored_params)")
         elif self._replicated:
+            self._refuse_options()
             reduced = self._ids_of_reduced()
             way_out = "DDP synchronises what was trainable when it wrapped the model: wrap it anew"
             self._refuse_apart(sum(id(p) not in reduced for p in parameters), way_out)
-            for hook, _ in getattr(self._model, "_comm_hooks", ()):
-                if getattr(hook, "__qualname__", "") not in _ROUNDING_HOOKS:
-                    raise RuntimeError(
-                        f"the communication hook {getattr(hook, '__qualname__', hook)!s} must be one of "
-                        f"{sorted(_ROUNDING_HOOKS)}: another makes .grad something else than the mean over the ranks "
-                        f"whose noise is measured. Register one of these, or none."
-                    )
+
+    def _refuse_options(self) -> None:
+        """Refuse what makes DDP deliver something else than the mean over the ranks, when it is due."""
+        model: Any = self._model
+        for name, given, way_out in (
+            ("mixed_precision", model.mixed_precision, "use torch.autocast"),
+            ("delay_all_reduce_named_params", model._delay_all_reduce_params, "leave it out"),
+        ):
+            if given:
+                raise RuntimeError(
+                    f"DistributedDataParallel's {name} must not be given: it changes when, or in what type, gradients "
+                    f"are averaged, and not all of them are seen; {way_out}."
+                )
+        for hook, _ in getattr(model, "_comm_hooks", ()):
+            if getattr(hook, "__qualname__", "") not in _ROUNDING_HOOKS:
+                raise RuntimeError(
+                    f"the communication hook {getattr(hook, '__qualname__', hook)!s} must be one of "
+                    f"{sorted(_ROUNDING_HOOKS)}: another makes .grad something else than the mean over the ranks "
+                    f"whose noise is measured. Register one of these, or none."
+                )
 
     def _refuse_apart(self, count: int, way_out: str) -> None:
         if count:

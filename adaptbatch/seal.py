@@ -45,8 +45,10 @@ class GradientSeal:
             turn: Windows before this one, which say what part of the norms is taken.
         """
         self._stamps = gradient_stamps(parameters)
-        parts = min(PARTS, len(parameters))
-        self._part = parameters if checks_all(turn) else parameters[turn % parts :: parts]
+        present = [p for p in parameters if p.grad is not None]
+        # A handful is looked at whole: it costs no more.
+        parts = 1 if checks_all(turn) else max(1, min(PARTS, len(present) // 4))
+        self._part = present[turn % parts :: parts]
         self._sq_norm = self._norm()
 
     def stamped(self, parameters: Sequence[Parameter]) -> bool:
@@ -65,8 +67,8 @@ class GradientSeal:
         return (then != now) & ~(then.isnan() & now.isnan())
 
     def _norm(self) -> Tensor | None:
-        part = [p for p in self._part if p.grad is not None]
-        return batch_gradient_sq_norm(part) if part else None
+        present = [p for p in self._part if p.grad is not None]
+        return batch_gradient_sq_norm(present) if present else None
 
 
 def checks_all(turn: int) -> bool:

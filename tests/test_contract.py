@@ -28,7 +28,9 @@ class Contract(RuleBasedStateMachine):
         self.ours, self.twin = small_model(), small_model()
         self.optimizer, self.plain = sgd(self.ours), sgd(self.twin)
         self.controller = self.make(self.ours, self.optimizer)
-        self.window: list[torch.Tensor] = []
+        self.window: list[tuple[torch.Tensor, bool]] = []
+        self.frozen = self.rewritten = False
+        self.handles: list[Any] = []
         self.taken, self.rows, self.turn, self.seen = 0, 0, 0, 0
         self.normalized = self.finished = self.broken = False
         self.saved: dict[str, Any] | None = None
@@ -49,20 +51,49 @@ class Contract(RuleBasedStateMachine):
     def backward(self, size: int, seed: int, poison: float) -> None:
         x = batches([size], seed)[0] + poison
         call = lambda: self.controller.backward(squared(self.ours, x), weight=size)  # noqa: E731
-        if self.broken or self.due:
+        if self.broken or self.due or self.rewritten:
             with pytest.raises(RuntimeError, match=r"discard_window\(\)|a step is due"):
                 call()
             return
         call()
-        self.window.append(x)
+        self.window.append((x, self.frozen))
 
-    @precondition(lambda self: not self.due and not self.broken)
+    @rule(frozen=st.booleans())
+    def freeze_or_thaw(self, frozen: bool) -> None:
+        """The first layer is trained, or not, from the next micro-batch on."""
+        self.frozen = frozen
+        self.ours[0].requires_grad_(not frozen)
+
+    @precondition(lambda self: self.window and not (self.normalized or self.broken))
+    @rule(factor=st.sampled_from([0.0, 0.5]))
+    def write_past_the_counters(self, factor: float) -> None:
+        gradients = [p.grad for p in self.ours.parameters() if p.grad is not None]
+        # One that is not finite is skipped whatever is done to it, and one that was never put in place is not there.
+        if gradients and all(torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients):
+            for g in gradients:
+                g.data.mul_(factor)
+            self.rewritten = True
+
+    @precondition(lambda self: not self.normalized)
+    @rule()
+    def step_of_a_plain_loop(self) -> None:
+        if self.window:
+            with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) was called within an open window"):
+                self.optimizer.step()
+
+    @rule()
+    def late_hook(self) -> None:
+        """One that changes nothing, so that the twin needs none; it makes ours hook anew."""
+        if not self.frozen:
+            self.handles.append(self.ours[0].weight.register_hook(lambda g: g * 1.0))
+
+    @precondition(lambda self: not (self.due or self.broken or self.rewritten))
     @rule()
     def fail_in_backward(self) -> None:
         """An error raised by the backward pass itself leaves a window that can only be discarded."""
         x = batches([2])[0]
         loss = squared(self.ours, x)
-        torch.autograd.grad(loss, list(self.ours.parameters()))
+        torch.autograd.grad(loss, [p for p in self.ours.parameters() if p.requires_grad])
         with pytest.raises(RuntimeError, match="second time"):
             self.controller.backward(loss, weight=2)
         self.broken = True
@@ -82,6 +113,10 @@ class Contract(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match=r"normalize_\(\) is early|discard_window"):
                 self.controller.normalize_()
             return
+        if self.rewritten:
+            with pytest.raises(RuntimeError, match=r"changed within the window.*discard_window"):
+                self.controller.normalize_()
+            return
         self.controller.normalize_()
         self.normalized = True
 
@@ -91,11 +126,18 @@ class Contract(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match=r"step\(\) is early"):
                 self.controller.step()
             return
-        whole = torch.cat(self.window)
+        if self.rewritten:
+            with pytest.raises(RuntimeError, match=r"changed within the window.*discard_window"):
+                self.controller.step()
+            return
+        whole = torch.cat([x for x, _ in self.window])
         finite = bool(torch.isfinite(whole).all())
         self.controller.step()
         if finite:
-            squared(self.twin, whole).backward()
+            for x, frozen in self.window:
+                self.twin[0].requires_grad_(not frozen)
+                (squared(self.twin, x) * (len(x) / len(whole))).backward()
+            self.twin.requires_grad_(True)
             self.plain.step()
             self.plain.zero_grad()
             self.taken += 1
@@ -114,7 +156,7 @@ class Contract(RuleBasedStateMachine):
     @rule()
     def discard_window(self) -> None:
         self.controller.discard_window()
-        self.window, self.normalized, self.finished, self.broken = [], False, False, False
+        self.window, self.normalized, self.finished, self.broken, self.rewritten = [], False, False, False, False
         self.bound()
 
     @rule(smallest=st.none() | st.integers(1, 3), more=st.integers(0, 2))
@@ -133,7 +175,7 @@ class Contract(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        if self.broken or self.normalized:
+        if self.broken or self.normalized or self.rewritten:
             with pytest.raises(RuntimeError, match=r"discard_window|between normalize_\(\) and step\(\)"):
                 self.controller.state_dict()
             return
@@ -150,6 +192,8 @@ class Contract(RuleBasedStateMachine):
             self.controller.discard_window()
             self.controller.close()
             self.ours = small_model(1)
+            self.ours[0].requires_grad_(not self.frozen)
+            self.rewritten = False
             self.optimizer = sgd(self.ours)
             self.controller = self.make(self.ours, self.optimizer)
             self.rows = 0
@@ -160,6 +204,8 @@ class Contract(RuleBasedStateMachine):
         parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
         for part, state in zip(parts, copy.deepcopy(self.saved["parts"]), strict=True):
             part.load_state_dict(state)
+        # Rows of windows that come again are cut.
+        self.rows = max(0, min(self.rows, self.rows + self.saved["turn"] - self.turn)) if not fresh else 0
         for name in ("taken", "turn", "seen", "finished", "k"):
             setattr(self, name, self.saved[name])
         self.window, self.normalized, self.broken = list(self.saved["window"]), False, False
@@ -182,6 +228,8 @@ class Contract(RuleBasedStateMachine):
         if hasattr(self, "controller"):
             self.controller.discard_window()
             self.controller.close()
+            for handle in self.handles:
+                handle.remove()
             assert not any(p._backward_hooks for p in self.ours.parameters())
 
 

@@ -175,6 +175,7 @@ JOBS: dict[str, Callable[[int], Any]] = {
         find_unused,
         no_buffers,
         delayed,
+        mixed_precision,
         power,
         joined,
         thawed,
@@ -234,6 +235,8 @@ def test_compression_rounds_the_mean_and_not_what_is_measured(found: list[dict[s
     ("name", "message"),
     [
         ("power", "the communication hook powerSGD_hook must be one of"),
+        ("delayed", "DistributedDataParallel's delay_all_reduce_named_params must not be given"),
+        ("mixed_precision", "DistributedDataParallel's mixed_precision must not be given"),
         ("joined", r"ddp.join() must not be around micro_batches()"),
         ("thawed", "2 trained parameters are not synchronised"),
         ("thawed_under_way", "2 trained parameters are not synchronised"),

@@ -565,3 +565,28 @@ def test_the_functional_loss_of_the_docs_still_runs():
         if c.step_due:
             c.step()
     assert len(c.history) == 2
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("fault", ["written", "hook"])
+def test_what_a_device_finds_late_is_refused_with_the_windows_numbers(fault: str, skip: bool):
+    """As on a GPU, where nothing is read before the window's end: before the step where that is read, else after it."""
+    c = controlled(2, skip_nonfinite=skip)
+    c._sensor.reads_now = False
+    before = [p.detach().clone() for p in c.model.parameters()]
+    data = batches([3, 3])
+
+    def halve(p: Parameter) -> None:
+        p.grad.mul_(0.5)
+
+    if fault == "hook":
+        for p in c.model.parameters():
+            p.register_post_accumulate_grad_hook(halve)
+    c.backward(squared(c.model, data[0]), weight=3)
+    if fault == "written":
+        for p in c.model.parameters():
+            p.grad.data.mul_(0.5)
+    c.backward(squared(c.model, data[1]), weight=3)
+    with pytest.raises(RuntimeError, match=r"adds to \.grad or changes it.*discard_window\(\)"):
+        c.step()
+    assert all(torch.equal(p, q) for p, q in zip(c.model.parameters(), before, strict=True)) == skip
