@@ -441,6 +441,26 @@ class BatchController:
         self._clear_gradients()
         return self._finish(window, applied, skipped, began)
 
+    def withhold_nonfinite(self) -> bool:
+        """Empty ``.grad`` of a normalised window that is not finite, for a trainer that steps all the same.
+
+        Optimizers leave a parameter without a gradient alone, its state included. Reads the host.
+
+        Returns:
+            Whether it was done; :meth:`record_step` is then told ``skipped=True``.
+
+        Raises:
+            RuntimeError: If no step is due.
+        """
+        self._require_due("withhold_nonfinite()")
+        batch = self._window.norms.batch
+        if batch is None or math.isfinite(batch.item()):
+            return False
+        withheld = not self._ranks.everyone(all_gradients_finite(self._sensor.parameters))
+        if withheld:
+            self._clear_gradients()
+        return withheld
+
     def record_step(self, *, skipped: bool = False) -> Decision:
         """:meth:`step` for a trainer that stepped the optimizer and cleared the gradients itself: record and decide.
 
@@ -756,7 +776,7 @@ class BatchController:
         """No mean is longer than the root mean square of its parts; and a single part is the mean."""
         measured = window.measurement
         if window.named().get("suspect", 0.0) > 0.0:
-            raise RuntimeError(_INCONSISTENT)
+            raise RuntimeError(_SUSPECT)
         if not measured.finite:
             return
         mean_sq, margin = measured.mean_sq_norm, self._sensor.rounding(window.all_cells)
@@ -798,6 +818,11 @@ def _unhook(sensor: Sensor, stepper: Stepper) -> None:
 _STEP_WITHIN = (
     "optimizer.step() was called within an open window, whose gradients are no mean yet: call controller.step() once "
     "step_due is true, in place of optimizer.step()."
+)
+_SUSPECT = (
+    "the window's gradients are not those that were measured: something adds to .grad or changes it beside the losses "
+    "(zero_grad(), clipping or a write through .data within the window, a hook on accumulated gradients). Leave it "
+    "out, or do it between normalize_() and step(); discard_window() goes on without this window."
 )
 _INCONSISTENT = (
     "the window's mean gradient is longer than its micro-batches' gradients allow: something adds to .grad or changes "

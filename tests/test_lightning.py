@@ -501,3 +501,29 @@ def test_two_ranks_step_on_the_mean_over_both(tmp_path: Path, monkeypatch: pytes
     hand_written_loop(twin.net, torch.optim.Adam(twin.net.parameters(), lr=0.05), mean_loss, expected)
     assert_same(module.net, twin.net)
     assert module.sizes.tolist() == [sum(map(len, window)) for window in expected]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_window_that_is_not_finite_moves_nothing(tmp_path: Path, skips: bool, clip: float | None) -> None:
+    """Two of ten micro-batches are poisoned: the twin is trained on the windows without them."""
+    x = examples(40)
+    x[9] = float("nan")
+    module, twin = Net(), Net()
+    accumulation = AdaptiveAccumulation(rule=Fixed(2), skip_nonfinite=skips)
+    trainer(tmp_path, accumulation, max_epochs=1, gradient_clip_val=clip).fit(module, loader(x))
+    table = accumulation.controller.history.to_pandas()  # type: ignore[union-attr]
+    assert table["reason"].eq("nonfinite").tolist() == [False, True] + [not skips] * 3
+    assert table["skipped"].tolist() == [False, skips, False, False, False]
+    if not skips:
+        assert not any(p.isfinite().all() for p in module.parameters())
+        return
+    good = [cells for index, cells in enumerate(windows(x, [2], epochs=1)) if index != 1]
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.05)
+    for cells in good:
+        optimizer.zero_grad()
+        mean_loss(twin.net, torch.cat(cells)).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), clip)
+        optimizer.step()
+    assert_same(module.net, twin.net)

@@ -409,3 +409,30 @@ def test_an_error_within_a_window_leaves_no_hooks_and_can_be_gone_on_from(tmp_pa
     model.fails = False
     training.train()
     assert training.controller.examples_seen == 2 * EXAMPLES
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_window_that_is_not_finite_moves_nothing(tmp_path: Path, skips: bool, clip: float) -> None:
+    """One of ten micro-batches is poisoned: the twin is trained on the windows without it."""
+    x = examples(40)
+    x[9] = math.nan
+    model, twin = Regression(), Regression()
+    own = {"rule": Fixed(2), "skip_nonfinite": skips}
+    tried = trainer(tmp_path, model, x, own=own, num_train_epochs=1, max_grad_norm=clip)
+    tried.train()
+    table = tried.controller.history.to_pandas()
+    assert table["reason"].eq("nonfinite").tolist() == [False, True] + [not skips] * 3
+    assert table["skipped"].tolist() == [False, skips, False, False, False]
+    if not skips:
+        assert not any(p.isfinite().all() for p in model.parameters())
+        return
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.05)
+    for index, cells in enumerate(windows(x, [2], epochs=1)):
+        if index != 1:
+            optimizer.zero_grad()
+            mean_loss(twin.net, torch.cat(cells)).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(twin.parameters(), clip)
+            optimizer.step()
+    assert_same(model.net, twin.net)

@@ -31,8 +31,9 @@ class AdaptiveAccumulation(L.Callback):
 
     A checkpoint holds the controller's state, and in one process the gradients of an open window too.
 
-    Lightning steps, so that a window whose gradients are not finite is recorded as ``nonfinite`` and not skipped (but
-    by the scaler of ``precision="16-mixed"``), and neither a guard nor a coupling of the learning rate can be had.
+    A window whose gradients are not finite is recorded as ``nonfinite`` and moves nothing: Lightning steps, but finds
+    no gradients (the scaler of ``precision="16-mixed"`` skips by itself). Schedulers count it. Neither a guard nor a
+    coupling of the learning rate can be had.
 
     ``trainer.estimated_stepping_batches`` counts every batch as a step, since nobody knows the windows in advance, and
     for the same reason Lightning may warn that a checkpoint of an epoch's end was one of its middle.
@@ -42,6 +43,7 @@ class AdaptiveAccumulation(L.Callback):
             :class:`~adaptbatch.controller.BatchController`.
         weight: Examples (or tokens) that a batch's mean loss is over, as a Python number; None: the first dimension of
             the first tensor in the batch.
+        skip_nonfinite: Whether a window that is not finite moves nothing (one host read before each step).
 
     Attributes:
         controller: The controller of the running or last ``fit``, for its ``history`` and ``explain()``; None before.
@@ -76,7 +78,9 @@ class AdaptiveAccumulation(L.Callback):
         phase: bool = False,
         process_group: Any = None,
         weight: Callable[[Any], float] | None = None,
+        skip_nonfinite: bool = True,
     ) -> None:
+        self._skips_nonfinite, self._withheld = skip_nonfinite, False
         self.controller: BatchController | None = None
         self._options: dict[str, Any] = {
             "rule": rule,
@@ -213,6 +217,7 @@ class AdaptiveAccumulation(L.Callback):
     def _normalize(self) -> None:
         # Lightning unscales, clips and steps after this.
         self._required().normalize_(unscale=False)
+        self._withheld = self._skips_nonfinite and self._scaler is None and self._required().withhold_nonfinite()
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
 
     def _note_step(self, *_: Any) -> None:
@@ -221,7 +226,9 @@ class AdaptiveAccumulation(L.Callback):
     def _skipped(self) -> bool:
         """Whether the optimizer did not step, or fused with the scaler's check found no finite gradients."""
         # trainer.global_step counts such a step all the same.
-        return not self._stepped or (self._scaler is not None and self._scaler.get_scale() < self._scale)
+        return (
+            self._withheld or not self._stepped or (self._scaler is not None and self._scaler.get_scale() < self._scale)
+        )
 
     def _required(self) -> BatchController:
         if self.controller is None:

@@ -37,8 +37,8 @@ class AdaptiveAccumulationMixin(Trainer):
     scheduler, which is stepped once a micro-batch. Until the last window ``state.max_steps`` and the progress bar show
     that bound.
 
-    The Trainer steps, so that a window whose gradients are not finite is recorded as ``nonfinite`` and not skipped (but
-    by an fp16 scaler), and neither a guard nor a coupling of the learning rate can be had.
+    A window whose gradients are not finite is recorded as ``nonfinite`` and moves nothing: the Trainer steps, but finds
+    no gradients (an fp16 scaler skips by itself). Neither a guard nor a coupling of the learning rate can be had.
 
     A checkpoint holds the controller's state (without the gradient that ``phase`` remembers) and the place in the data;
     ``resume_from_checkpoint`` goes on there.
@@ -50,6 +50,7 @@ class AdaptiveAccumulationMixin(Trainer):
         weight: Target tokens (or examples) that a micro-batch's mean loss is over, of its inputs; None: labels that are
             not -100, shifted if the model's loss shifts them, and where labels are no integers, examples. In one
             process a micro-batch of weight zero is left out.
+        skip_nonfinite: Whether a window that is not finite moves nothing (one host read before each step).
 
     Attributes:
         controller: The controller of the running or last ``train``, for its ``history`` and ``explain()``; None before.
@@ -83,6 +84,7 @@ class AdaptiveAccumulationMixin(Trainer):
         ghost: bool = False,
         phase: bool = False,
         weight: Callable[[Mapping[str, Any]], float] | None = None,
+        skip_nonfinite: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -97,6 +99,7 @@ class AdaptiveAccumulationMixin(Trainer):
             "phase": phase,
         }
         self._weigh = self._target_items if weight is None else weight
+        self._skips_nonfinite, self._withheld = skip_nonfinite, False
         self._taken = 0
         self._stepped_schedule = 0
         self._saved: dict[str, Any] | None = None
@@ -191,6 +194,8 @@ class AdaptiveAccumulationMixin(Trainer):
                 self._track_num_input_tokens(batch)  # type: ignore[no-untyped-call]
         # Unscaled later, where the Trainer clips or steps.
         controller.normalize_(unscale=False)
+        scaled = self.accelerator.scaler is not None
+        self._withheld = self._skips_nonfinite and not scaled and controller.withhold_nonfinite()
         if self._taken >= self.state.max_steps:
             # The last window: from now on it is known how many there are.
             self.state.max_steps = self.state.global_step + 1
@@ -213,7 +218,7 @@ class AdaptiveAccumulationMixin(Trainer):
 
     def _end_window(self, loader: Any) -> None:
         """After the optimizer's step, the scheduler's one step and the clearing of the gradients."""
-        skipped = self.accelerator.optimizer_step_was_skipped
+        skipped = self._withheld or self.accelerator.optimizer_step_was_skipped
         self._required().record_step(skipped=skipped)
         for _ in range(self._taken - self._stepped_schedule - 1):
             self._step_schedule(skipped)
