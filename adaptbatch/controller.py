@@ -525,8 +525,9 @@ class BatchController:
             finite = self._ranks.everyone(all_gradients_finite(self._sensor.parameters))
             skips = not finite and (self._skips_nonfinite or self.guard is not None)
         elif self.guard is not None:
-            measured = window.heard.in_metric or window.measurement
-            skips = self.guard.skips(measured, self._loop.typical.level, self._skips_in_a_row)
+            measured = self._loop.comparable(window.heard)
+            level = self._loop.typical.level
+            skips = measured is not None and self.guard.skips(measured, level, self._skips_in_a_row)
         self._skips_in_a_row = self._skips_in_a_row + 1 if skips else 0
         return skips
 

@@ -157,21 +157,33 @@ class Loop:
         n = euclidean.global_batch
         pooled = self.pooled.update(noise.estimate(euclidean, population), n, memory)
         decay = 2.0 ** (-n / memory)
+        # A loss that is not a number, as of labels that are all ignored, would stay in the sum for ever.
+        heard = n if math.isfinite(window.loss) else 0.0
         loop = replace(
             self,
             pooled=pooled,
             shards=self.shards.update(euclidean, self.progress.world_size),
-            loss_sum=decay * self.loss_sum + n * window.loss,
-            loss_weight=decay * self.loss_weight + n,
+            loss_sum=decay * self.loss_sum + (n * window.loss if heard else 0.0),
+            loss_weight=decay * self.loss_weight + heard,
             lr=window.lr,
         )._phased(euclidean, memory)
-        if window.in_metric is None:
-            return loop._weighed(window, euclidean, memory)
+        in_metric = window.in_metric
+        if in_metric is None or not in_metric.finite:
+            return loop if self.comparable(window) is None else loop._weighed(window, euclidean, memory)
         if self.metric.weight == 0.0:
             # Another unit: what was known in the old one does not carry over.
             loop = replace(loop, typical=TypicalTracker(), climb=Climb())
-        pair = noise.estimate(window.in_metric, population)
-        return replace(loop, metric=loop.metric.update(pair, n, memory))._weighed(window, window.in_metric, memory)
+        pair = noise.estimate(in_metric, population)
+        return replace(loop, metric=loop.metric.update(pair, n, memory))._weighed(window, in_metric, memory)
+
+    def comparable(self, window: Heard) -> Measurement | None:
+        """The window in the unit of what is known so far: Euclidean, until there are moments in the metric.
+
+        From then on one without it has none: a parameter was thawed whose second moment is not warm.
+        """
+        if self.metric.weight == 0.0:
+            return window.measurement
+        return window.in_metric if window.in_metric is not None and window.in_metric.finite else None
 
     def spoiled(self, batch: float, memory: float) -> Loop:
         """The loop after a window of ``batch`` examples without a finite gradient, where a guard counts it."""

@@ -128,7 +128,7 @@ def required_batch(pair: NoiseEstimate, theta: float, population: float = math.i
         population: Examples in the data set, or infinity.
 
     Returns:
-        ``n`` [examples], not rounded; ``N`` (infinity when unlimited) when ``|G|^2`` is not above zero.
+        ``n`` [examples], not rounded, at most ``N``; ``N`` (infinity when unlimited) when ``|G|^2`` is not above zero.
 
     Raises:
         ValueError: If ``theta`` is not positive.
@@ -144,8 +144,10 @@ def required_batch(pair: NoiseEstimate, theta: float, population: float = math.i
     """
     if not theta > 0.0:
         raise ValueError(f"theta must be positive, got theta = {theta!r}; 1.0 lets the error equal the gradient.")
-    unlimited = noise_scale(pair) / theta**2
-    return population if math.isinf(unlimited) else unlimited / (1.0 + unlimited / population)
+    # The square of a tiny theta is zero: no batch is large enough.
+    unlimited = noise_scale(pair) / theta**2 if theta**2 > 0.0 else math.inf
+    # The quotient may round to just above the population.
+    return population if math.isinf(unlimited) else min(unlimited / (1.0 + unlimited / population), population)
 
 
 def excess_error(pair: NoiseEstimate, batch: float, theta: float, population: float = math.inf) -> tuple[float, float]:

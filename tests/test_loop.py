@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptbatch import Fixed, Limits, Measurement, NoiseTracker, Progress, RelativeStandardError, noise
+from adaptbatch import CABS, Fixed, Limits, Measurement, NoiseTracker, Progress, RelativeStandardError, noise
 from adaptbatch.loop import Heard, Loop
 
 MEMORY = 5_000.0
@@ -119,6 +119,52 @@ class TestEvidence:
 
     def test_no_phase_without_products(self):
         assert math.isnan(filled().phase())
+
+
+class TestWhatDoesNotEnter:
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_a_loss_that_is_no_number_is_left_out(self, bad: float):
+        """All labels of a window ignored: its gradient is finite, its loss is not."""
+        rng, with_it, without = np.random.default_rng(0), Loop(Progress()), Loop(Progress())
+        for t in range(20):
+            own = window(rng)
+            with_it = with_it.heard(Heard(own, loss=bad if t == 7 else 2.0 + t), MEMORY)
+            if t == 7:
+                without = replace(without, loss_sum=without.loss_sum * 2.0 ** (-32.0 / MEMORY))
+                without = replace(without, loss_weight=without.loss_weight * 2.0 ** (-32.0 / MEMORY))
+            else:
+                without = without.heard(Heard(own, loss=2.0 + t), MEMORY)
+        assert with_it.evidence().loss == pytest.approx(without.evidence().loss, rel=1e-12)
+        assert 2.0 <= with_it.evidence().loss <= 21.0
+
+    def test_cabs_goes_on_after_labels_that_were_all_ignored(self):
+        rng, loop = np.random.default_rng(0), Loop(Progress(accumulation_steps=4))
+        for t in range(40):
+            loss = math.nan if t == 20 else 1.0
+            loop = loop.counted(32.0, 4).heard(Heard(window(rng), loss=loss, lr=0.1), MEMORY)
+            loop, decision = loop.decided(CABS(), Limits())
+        assert math.isfinite(decision.target_batch)
+        assert decision.reason != "undecided"
+
+    @pytest.mark.parametrize("lost", ["absent", "overflowed"])
+    def test_a_window_without_the_metric_is_of_another_unit(self, lost: str):
+        """A parameter that was thawed has a cold second moment: for a hundred windows there is no metric."""
+        loop, rng = filled(300, metric_from=20), np.random.default_rng(1)
+        before, level = loop.typical.estimate(), loop.typical.level
+        overflow = Measurement(math.inf, 1.0, 32.0, 4)
+        for _ in range(100):
+            heard = Heard(window(rng), None if lost == "absent" else overflow, loss=1.0, lr=0.1)
+            assert loop.comparable(heard) is None
+            loop = loop.counted(32.0, 4).heard(heard, MEMORY)
+        assert loop.typical.estimate() == before
+        assert loop.typical.level == level
+        assert noise.noise_scale(loop.pooled.estimate()) == pytest.approx(10.0, rel=0.5)
+
+    def test_until_the_metric_is_warm_the_euclidean_window_is_compared(self):
+        cold, rng = filled(30), np.random.default_rng(1)
+        first = Heard(window(rng), window(rng, scale=1e3))
+        assert cold.comparable(first) is first.measurement
+        assert cold.heard(first, MEMORY).comparable(first) is first.in_metric
 
 
 class TestState:

@@ -7,7 +7,7 @@ from dataclasses import asdict, astuple, replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from adaptbatch import Measurement, NoiseEstimate, NoiseTracker, noise
@@ -105,6 +105,19 @@ class TestReadings:
         n = noise.required_batch(pair, theta, population)
         assert 0 < n <= population
         assert noise.relative_error(pair, n, population) == pytest.approx(theta, rel=1e-6) or n > 0.999999 * population
+
+    @given(
+        st.floats(5e-324, 1e308),
+        st.floats(0.0, 1e308),
+        st.floats(1e-320, 1e150),
+        st.floats(1.0, 1e300) | st.just(math.inf),
+    )
+    @example(signal=2.35e-204, trace=213.0, theta=1.0, population=1000.0)
+    @example(signal=1e-3, trace=1.0, theta=1e-200, population=math.inf)
+    @example(signal=5e-324, trace=1.0, theta=1.0, population=6704317697375217.0)
+    def test_required_batch_keeps_its_bounds(self, signal, trace, theta, population):
+        """Whatever the rounding: no more than there is, and no exception."""
+        assert 0.0 <= noise.required_batch(NoiseEstimate(signal, trace), theta, population) <= population
 
     @given(st.floats(0.1, 10), st.floats(1.01, 3))
     def test_required_batch_decreases_in_theta(self, theta, factor):

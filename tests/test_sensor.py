@@ -113,6 +113,34 @@ class TestMetric:
         assert tables[0].notna().sum() > 10
         np.testing.assert_array_equal(*tables)
 
+    def test_a_parameter_that_is_thawed_late_changes_no_unit(self):
+        """Its second moment is cold: for a hundred windows there is no metric, and no Euclidean window in its place."""
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+        model[1].bias.requires_grad_(False)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        rule, guard = ab.RelativeStandardError(0.5), ab.Guard()
+        c = ab.BatchController(model, optimizer, rule=rule, metric="adam", guard=guard, limits=ab.Limits(max_steps=8))
+        generator = torch.Generator().manual_seed(1)
+
+        def train(windows: int) -> None:
+            while len(c.history) < windows:
+                x = 1.0 + torch.randn(4, 4, generator=generator, dtype=torch.float64)
+                c.backward((model(x) - x[:, :2]).square().mean(), weight=4)
+                if c.step_due:
+                    c.step()
+
+        train(300)
+        before = c.history.to_pandas().iloc[-1]
+        model[1].bias.requires_grad_(True)
+        train(390)
+        rows = c.history.to_pandas().iloc[300:]
+        assert not rows["skipped"].any()
+        for column in ("noise_scale_typical", "noise_scale_metric"):
+            assert (rows[column] == before[column]).all()
+        train(420)
+        assert c.history.to_pandas()["noise_scale_metric"].iloc[-1] != before["noise_scale_metric"]
+
     def test_training_is_untouched(self):
         data = batches([6, 6] * 20)
         heard, plain = small_model(), small_model()
