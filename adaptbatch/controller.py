@@ -307,7 +307,7 @@ class BatchController:
 
         A ``scaler`` is left to that call. Arguments and errors are those of :meth:`backward`.
         """
-        self._trainer_steps = True
+        self.expect_trainer()
         if self._window.cells:
             self._stepper.require_scale()
         with self._hearing(loss, weight) as weighted:
@@ -343,12 +343,20 @@ class BatchController:
         synchronises = self._ranks.several and window.synced
         with self._sensor.hearing(window, loss, weight, sums=sums, synchronises=synchronises) as weighted:
             yield weighted
-        self._stepper.gate.refuses = None if self._trainer_steps else _STEP_WITHIN
+        self._guard_window()
         self._backward_passes += 1
         if self._stream.used is not None:
             self._stream.used = True
         window.ended = self._stream.last
         window.due = window.ended or window.cells >= self.accumulation_steps
+
+    def expect_trainer(self) -> None:
+        """A trainer steps the optimizer itself, told by :meth:`record_step`: its steps are not refused within a window.
+
+        :meth:`hear` says the same; a trainer whose first step may come before it calls this.
+        """
+        self._trainer_steps = True
+        self._stepper.gate.refuses = None
 
     def close_window(self) -> None:
         """End the window with the micro-batches it has: ``step_due`` is true afterwards, unless it has none.
@@ -477,6 +485,10 @@ class BatchController:
         self._clippable = False
         self._clear_gradients()
         return self._finish(self._finished(), UNTOUCHED, skipped, time.perf_counter())
+
+    def _guard_window(self) -> None:
+        """Nobody steps while the window is open."""
+        self._stepper.gate.refuses = None if self._trainer_steps else _STEP_WITHIN
 
     def _clear_gradients(self) -> None:
         """Also where ``zero_grad()`` fills with zeros."""
@@ -743,6 +755,8 @@ class BatchController:
         self._window = OpenWindow() if window is None else OpenWindow.from_state_dict(window, device)
         self._restored = state["sensor"]
         self._late = None if late is None else FinishedWindow.from_state_dict(late)
+        if window is not None:
+            self._guard_window()
         self._cut_history(progress.window)
         self._keep_within_limits()
 

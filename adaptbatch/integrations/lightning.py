@@ -115,6 +115,7 @@ class AdaptiveAccumulation(L.Callback):
         self.controller = BatchController(
             trainer.strategy.model or pl_module, optimizer, scaler=self._scaler, skip_nonfinite=False, **self._options
         )
+        self.controller.expect_trainer()
         self._heard = 0
         if self._saved is not None:
             self.controller.load_state_dict(self._saved["controller"])

@@ -150,6 +150,7 @@ class AdaptiveAccumulationMixin(Trainer):
             skip_nonfinite=False,
             **self._options,
         )
+        self.controller.expect_trainer()
         if self._saved is not None:
             self.controller.load_state_dict(self._saved)
         self._stepped_schedule = self._taken
