@@ -1,16 +1,22 @@
-"""Hypothesis: the same examples at every CI run, new ones at every local run. An sdist: the package's tests alone."""
+"""Hypothesis: the same examples at every run; ``HYPOTHESIS_PROFILE=thorough`` searches at random. An sdist: the
+package's tests alone.
+"""
 
 import importlib.util
 import os
 import re
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
-settings.register_profile("ci", derandomize=True, deadline=None)
-settings.register_profile("local", deadline=None)
+# One thread a process: the tests run in as many processes as there are cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=5000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local"))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # A source distribution leaves out the studies and the paper, and so the tests that are of them.
 ABSENT = [name for name in ("studies", "paper") if importlib.util.find_spec(name) is None]
@@ -18,3 +24,12 @@ OF_THEM = re.compile(rf"^(?:from|import) (?:{'|'.join(ABSENT)})\b", re.MULTILINE
 collect_ignore = [
     path.name for path in Path(__file__).parent.glob("test_*.py") if ABSENT and OF_THEM.search(path.read_text())
 ]
+
+# Fixtures that are expensive to make, once for their module: whoever uses them runs in one process.
+SHARED = {"browser", "built", "found", "ledger", "opened"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SHARED.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(Path(item.location[0]).stem))

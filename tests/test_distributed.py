@@ -32,7 +32,7 @@ sharding = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 of torch 
 REPLICATED_OR_SHARDED = [pytest.param(False, id="replicated"), pytest.param(True, id="sharded", marks=sharding)]
 
 
-def spawn(work: Callable[..., Any], folder: Path, *args: Any, world: int = WORLD, timeout: float = 60.0) -> list[Any]:
+def spawn(work: Callable[..., Any], folder: Path, *args: Any, world: int = WORLD, timeout: float = 300.0) -> list[Any]:
     """What ``work(rank, *args)`` returns on each rank of a gloo group, in a process of its own."""
     torch.multiprocessing.spawn(_enter, (work, str(folder), world, timeout, args), nprocs=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

@@ -25,6 +25,7 @@ from studies.arms import Arm, Warmup
 from studies.networks import Autoencoder, ResidualLayer, fit_width
 from studies.runner import Run, run_all
 from studies.training import Task, evaluate, shuffled_passes, train
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent
 TINY = Task(
@@ -332,10 +333,10 @@ def _study(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> sub
 
 def _wait_until_gone(folder: Path) -> None:
     """No process of the study outlives it, killed or not."""
-    deadline = time.monotonic() + 30.0
-    while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, folder)]:
-        assert time.monotonic() < deadline, f"{left} outlived the study in {folder}"
-        time.sleep(0.1)
+    until(
+        lambda: not any(_mentions(path, folder) for path in Path("/proc").glob("[0-9]*/cmdline")),
+        f"the processes of the study in {folder} to end",
+    )
 
 
 def _mentions(cmdline: Path, folder: Path) -> bool:
@@ -374,7 +375,7 @@ class TestKilled:
 class TestRanks:
     def test_torchrun_trains_every_run_on_all_ranks(self, tmp_path):
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-        assert _study(tmp_path, launcher=launcher).wait(timeout=100) == 0
+        assert _study(tmp_path, launcher=launcher).wait(timeout=500) == 0
         table = pd.read_parquet(tmp_path / "results.parquet")
         assert set(table["arm"]) == {run.arm.name for run in quick.runs()}
         fixed = table[table["arm"] == "fixed 256"]

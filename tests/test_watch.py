@@ -19,6 +19,7 @@ from torch import nn
 import adaptbatch as ab
 from adaptbatch.history import COLUMNS, History
 from adaptbatch.watch import Logger, ProgressLine, TensorBoardLogger, WandbLogger
+from tests.waiting import until
 
 PLAIN = {"int64": int, "float64": float, "bool": bool, "str": str}
 EMPTY = {name: kind(0) if kind is not str else "hold" for name, kind in ((n, PLAIN[k]) for n, k in COLUMNS.items())}
@@ -283,7 +284,7 @@ class TestWandb:
         assert offline_run.summary["adaptbatch/reason"] == "grow"
         assert offline_run.summary["adaptbatch/loss"] == 1.5
         offline_run.finish()
-        records = list(offline_records(Path(offline_run.settings.sync_file)))
+        records = until(lambda: finished(Path(offline_run.settings.sync_file)), "wandb's process to write its file")
         rows = [
             {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
             for record in records
@@ -298,6 +299,12 @@ class TestWandb:
         assert axes == {"adaptbatch/examples_seen": "", "adaptbatch/*": "adaptbatch/examples_seen"}
 
 
+def finished(path: Path) -> list[Any]:
+    """The records of a file that its own process has written to the end; none before."""
+    records = list(offline_records(path)) if path.exists() else []
+    return records if any(record.HasField("exit") for record in records) else []
+
+
 def offline_records(path: Path) -> Iterator[Any]:
     """The protobuf records in wandb's own file: LevelDB's log format, in blocks of 32 kB."""
     from wandb.proto.wandb_internal_pb2 import Record
@@ -309,6 +316,8 @@ def offline_records(path: Path) -> Iterator[Any]:
             continue
         end = at + 7 + int.from_bytes(data[at + 4 : at + 6], "little")
         message += data[at + 7 : end]
+        if end > len(data):  # still being written
+            return
         if data[at + 6] in (1, 4):  # the whole, or its last part
             yield Record.FromString(message)
             message = b""
