@@ -7,6 +7,7 @@ import math
 from numbers import Real
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 
@@ -23,6 +24,11 @@ def require_shared_parameter(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimizer that trains none of the model's parameters."""
     own = {id(p) for p in model.parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
+    if lazy := sum(is_lazy(p) for p in held):
+        raise ValueError(
+            f"model must be initialised, got {lazy} parameters of lazy layers without a shape; run one forward "
+            f"pass first."
+        )
     if held and not any(id(p) in own for p in held):
         raise ValueError(
             f"optimizer must hold parameters of model, got {len(held)} parameters none of which it has; make the "

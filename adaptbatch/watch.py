@@ -33,6 +33,8 @@ class Logger(Protocol):
 class TensorBoardLogger:
     """Draws every column over ``examples_seen``, whole examples as TensorBoard's step, and writes each new ``reason``.
 
+    Where weights are below one, each row has a step of its own all the same, one after the last.
+
     Costs about a millisecond a row.
 
     Args:
@@ -58,10 +60,11 @@ class TensorBoardLogger:
             self.writer = _imported("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(writer))
         self.prefix = prefix
         self._reason: str | None = None
+        self._step = -1
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add the row's points, and its reason where it is another than before."""
-        step = round(row["examples_seen"])
+        step = self._step = max(round(row["examples_seen"]), self._step + 1)
         for name, value in finite(row).items():
             self.writer.add_scalar(f"{self.prefix}/{name}", value, step)
         if row["reason"] != self._reason:

@@ -510,6 +510,12 @@ def test_an_optimizer_of_another_model_is_refused_when_the_controller_is_made():
         ab.BatchController(small_model(), sgd(small_model()))
 
 
+def test_a_lazy_layer_is_named_before_it_has_a_shape():
+    model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"got 2 parameters of lazy layers without a shape; run one forward pass"):
+        ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 # --- L. hooks that others meet ---------------------------------------------------------------------------------------
 
 

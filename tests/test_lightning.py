@@ -527,3 +527,36 @@ def test_a_window_that_is_not_finite_moves_nothing(tmp_path: Path, skips: bool, 
             torch.nn.utils.clip_grad_norm_(twin.parameters(), clip)
         optimizer.step()
     assert_same(module.net, twin.net)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_other_callbacks_see_the_loss_as_it_was_returned(tmp_path: Path, first: bool) -> None:
+    class Reader(L.Callback):
+        losses: list[float] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.losses.append(float(outputs["loss"]))
+
+    reader, module = Reader(), Net()
+    reader.losses = []
+    accumulation = AdaptiveAccumulation(rule=Replay([2, 3, 1, 4]))
+    pair = (reader, accumulation) if first else (accumulation, reader)
+    trainer(tmp_path, *pair, max_epochs=1).fit(module, loader(examples()))
+    assert reader.losses == pytest.approx(module.returned, rel=1e-12)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_schedule_that_was_planned_in_batches_is_told(tmp_path: Path, told: bool) -> None:
+    class Planned(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            steps = int(self.trainer.estimated_stepping_batches) if told else 5
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    fit = trainer(tmp_path, AdaptiveAccumulation(rule=Fixed(4)), max_epochs=1)
+    if told:
+        with pytest.warns(UserWarning, match=r"OneCycleLR was planned for 11 steps, one a batch"):
+            fit.fit(Planned(), loader(examples()))
+    else:
+        fit.fit(Planned(), loader(examples()))

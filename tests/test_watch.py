@@ -277,6 +277,25 @@ def offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any
     wandb.teardown()
 
 
+def test_rows_of_weights_below_one_do_not_share_a_step():
+    class Writer:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.steps += [step] if name.endswith("/loss") else []
+
+        def add_text(self, name: str, text: str, step: int) -> None: ...
+
+        def flush(self) -> None: ...
+
+    writer = Writer()
+    logger = TensorBoardLogger(writer)
+    for seen in (0.2, 0.4, 0.6, 0.8, 9.0):
+        logger.log({"examples_seen": seen, "loss": 1.0, "reason": "hold"})
+    assert writer.steps == [0, 1, 2, 3, 9]
+
+
 class TestWandb:
     def test_the_offline_file_holds_the_rows(self, offline_run: Any):
         told(WandbLogger(offline_run))

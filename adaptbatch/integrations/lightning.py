@@ -106,6 +106,9 @@ class AdaptiveAccumulation(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         refuse("AdaptiveAccumulation", _refusals(trainer, pl_module))
+        # Before the others, which then see the loss as the step returned it.
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(one for one in callbacks if one is not self)]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # The first hook after the checkpoint's optimizer states have been loaded; callbacks have theirs before.
@@ -120,6 +123,7 @@ class AdaptiveAccumulation(L.Callback):
         if self._saved is not None:
             self.controller.load_state_dict(self._saved["controller"])
             self._heard = int(self._saved["heard"])
+        self._warn_of_plans(trainer)
         self._hook = optimizer.register_step_post_hook(self._note_step)
         self._running = True
 
@@ -140,6 +144,19 @@ class AdaptiveAccumulation(L.Callback):
             self._heard = 0
             self._saved = self.state_dict()
         self._end(trainer)
+
+    def _warn_of_plans(self, trainer: L.Trainer) -> None:
+        """A schedule of so many steps, planned from ``estimated_stepping_batches``, counts batches and gets windows."""
+        planned = float(trainer.estimated_stepping_batches)
+        for config in trainer.lr_scheduler_configs:
+            horizons = [getattr(config.scheduler, name, None) for name in ("total_steps", "T_max", "total_iters")]
+            if config.interval == "step" and planned in horizons and planned > 1.0:
+                warnings.warn(
+                    f"{type(config.scheduler).__name__} was planned for {planned:.0f} steps, one a batch, and is "
+                    f"stepped once a window of several: it ends early in its course. Plan it in windows where their number is "
+                    f'known, or step it by epochs (interval="epoch").',
+                    stacklevel=2,
+                )
 
     def _end(self, trainer: L.Trainer) -> None:
         self._running = False
