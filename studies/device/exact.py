@@ -1,4 +1,4 @@
-"""Exactness: against one large batch, against the hand-written loop, across a resume, and when a loss scale overflows."""
+"""Exactness: against one large batch and the hand-written loop, across a resume, and when a loss scale overflows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIGMAS = 8.0
 
 
 def run(report: Report, device: str, tiny: bool) -> None:
-    """Rows of each check; a deviation is a relative error, or a number of values that differ, and 0 where bits count."""
+    """Rows of each check; a deviation is a relative error, or a count of values that differ where every bit counts."""
     known = cases(tiny).values()
     todo: list[Callable[[], None]] = [partial(overflow, report, case, device) for case in known if not case.vocabulary]
     for check, settings in ((one_batch, (torch.float64, torch.float32)), (by_hand, ("float32", "fp16"))):
