@@ -66,13 +66,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
     """Of processes in which whatever is not needed cannot be imported, theirs included."""
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(
-        f"import sys\nUNNEEDED = {unneeded()!r}\n"
-        "class Refuse:\n"
-        "    @staticmethod\n"
-        "    def find_spec(name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in UNNEEDED:\n"
-        "            raise ModuleNotFoundError(f'{name} is not installed here', name=name)\n"
-        "sys.meta_path.insert(0, Refuse)\n"
+        f"from importlib.machinery import PathFinder\nUNNEEDED, find = {unneeded()!r}, PathFinder.find_spec\n"
+        "def find_needed(name, path=None, target=None):\n"
+        "    return None if name.partition('.')[0] in UNNEEDED else find(name, path, target)\n"
+        "PathFinder.find_spec = find_needed\n"
     )
     return os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
@@ -102,7 +99,7 @@ class TestTrial:
         for name in ("tyro", "pyarrow", "sklearn"):
             refused = python(environment, "-c", f"import {name}")
             assert refused.returncode == 1
-            assert f"{name} is not installed here" in refused.stderr
+            assert f"No module named '{name}'" in refused.stderr
 
     @pytest.mark.parametrize("name", harness.SHARES)
     def test_every_section_leaves_a_table_and_a_text_that_say_where_they_were_made(self, trial, name):
@@ -239,7 +236,7 @@ def test_the_rows_are_the_origin_studys():
     for name, (rule, micro_batch) in table.ROWS.items():
         arm, theirs = origin.rows(scale)[name]
         assert (rule, micro_batch) == (arm.rule, theirs)
-        assert (table.LR, table.MAX_STEPS) == (arm.lr, arm.max_steps)
+        assert (arm.lr, arm.max_steps) == (table.LR, table.MAX_STEPS)
         assert (arm.residual, arm.norm, arm.optimizer) == ("identity", "branch", "adam")
 
 
@@ -331,7 +328,7 @@ def alive(pid: int) -> bool:
 
 
 def test_the_others_run_after_a_section_that_dies_hangs_or_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "GRACE_S", 10.0)
+    monkeypatch.setattr(harness, "GRACE_S", 6.0)
     names = ("sync", "time", "exact", "ghost")
     assert harness.Supervisor(harness.Options(tmp_path, names, 100.0), misbehaving).run() == 1
     found = pd.read_csv(tmp_path / "summary.csv", keep_default_na=False).set_index("section")

@@ -117,9 +117,10 @@ def work(options: Options, names: tuple[str, ...], ends: float, pipe: Any) -> No
     """
     # Whatever is started here ends with it.
     os.setsid()
-    from studies.device.machine import healthy, prepare
+    from studies.device import machine
 
-    device, stamp = prepare(options.device)
+    device = machine.prepare(options.device)
+    stamp = machine.stamp(device)
     for name in names:
         left = ends - time.time()
         seconds = min(SHARES[name] * options.seconds, left - SHORTEST_S)
@@ -130,7 +131,7 @@ def work(options: Options, names: tuple[str, ...], ends: float, pipe: Any) -> No
         failure = "no time was left" if seconds == 0.0 else _run(report, device, options.tiny)
         report.finish()
         pipe.send((name, not failure and report.ok, failure or "; ".join(report.notes)))
-        if not healthy(device):
+        if not machine.healthy(device):
             # No kernel runs in this process any more.
             break
 

@@ -12,8 +12,8 @@ import torch
 import adaptbatch
 
 
-def prepare(device: str | None) -> tuple[str, dict[str, str]]:
-    """The device, initialised, and what every row says of it.
+def prepare(device: str | None) -> str:
+    """The device, initialised.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``; None: a GPU if there is one.
@@ -22,15 +22,21 @@ def prepare(device: str | None) -> tuple[str, dict[str, str]]:
         RuntimeError: If there is none of that kind.
     """
     found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"CPU, {platform.machine()}"
     if found == "cuda":
         torch.cuda.init()
-        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
         torch.ones(8, 8, device=found).mm(torch.ones(8, 8, device=found)).sum().item()
     # Images of some vendors turn TF32 on by an environment variable.
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(1)
-    return found, {"device": name, "torch": torch.__version__, "adaptbatch": adaptbatch.__version__}
+    return found
+
+
+def stamp(device: str) -> dict[str, str]:
+    """What every row says of the device and the versions."""
+    name = f"CPU, {platform.machine()}"
+    if device == "cuda":
+        name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    return {"device": name, "torch": torch.__version__, "adaptbatch": adaptbatch.__version__}
 
 
 def healthy(device: str) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 import adaptbatch as ab
 from studies import data
 from studies.device.harness import Report, write
+from studies.device.machine import stamp
 from studies.networks import Autoencoder
 
 CLASSES = (0, 1)
@@ -144,9 +145,10 @@ class Training:
             self._seconds = before + time.perf_counter() - began
             if ends_epoch:
                 self._note_epoch()
-            if ends_epoch or stop():
+            stopped = stop()
+            if ends_epoch or stopped:
                 self._save()
-            if not self._finished and stop():
+            if stopped and not self._finished:
                 return False
         controller.close()
         return True
@@ -166,14 +168,11 @@ class Training:
     def _note_epoch(self) -> None:
         examples = len(self._inputs)
         seen = examples * (len(self.rows) + 1)
-        names = ("row", "class", "epochs", "device")
-        row = {name: self._identity[name] for name in names} | {"epoch": len(self.rows) + 1}
+        row = {name: self._identity[name] for name in ("row", "class", "epochs")} | {"epoch": len(self.rows) + 1}
         row |= {"updates": self._updates, "mean_batch": seen / max(self._updates, 1)}
-        row |= {
-            "accumulation_steps": self._controller.accumulation_steps,
-            "train_loss": float(self._loss_sum) / examples,
-        }
-        row |= {**self._score(), "seconds": self._seconds, "torch": torch.__version__, "adaptbatch": ab.__version__}
+        row |= {"accumulation_steps": self._controller.accumulation_steps}
+        row |= {"train_loss": float(self._loss_sum) / examples, **self._score(), "seconds": self._seconds}
+        row |= stamp(self._device)
         self._loss_sum.zero_()
         self.rows.append(row)
         print(
@@ -223,7 +222,8 @@ class Training:
         state = torch.load(path, map_location="cpu")
         if state["identity"] != self._identity:
             raise ValueError(
-                f"{path} must be of {self._identity}, got one of {state['identity']}; give another folder, or delete it."
+                f"{path} must be of {self._identity}, got one of {state['identity']}; give another folder, or delete "
+                f"this file."
             )
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
