@@ -328,7 +328,7 @@ def alive(pid: int) -> bool:
 
 
 def test_the_others_run_after_a_section_that_dies_hangs_or_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "GRACE_S", 6.0)
+    monkeypatch.setattr(harness, "GRACE_S", 4.0)
     names = ("sync", "time", "exact", "ghost")
     assert harness.Supervisor(harness.Options(tmp_path, names, 100.0), misbehaving).run() == 1
     found = pd.read_csv(tmp_path / "summary.csv", keep_default_na=False).set_index("section")

@@ -19,7 +19,9 @@ import pandas as pd
 
 # In the order in which they run, with their share of the time.
 SHARES = {"sync": 0.08, "time": 0.20, "exact": 0.10, "ghost": 0.05, "bias": 0.08, "compiled": 0.28, "table": 1.0}
-# Beyond its share, before a section counts as hanging: imports, the first CUDA context, a compiler under way.
+# Until a process is up, with its imports from a cold disk and its first CUDA context.
+START_S = 90.0
+# Beyond its share, before a section counts as hanging: a compiler may be under way.
 GRACE_S = 45.0
 SHORTEST_S = 3.0
 # After the end of all: what a section that took its whole time may still take.
@@ -179,7 +181,7 @@ class Supervisor:
 
     def _follow(self, worker: Any, receive: Any) -> None:
         """Until the worker is done, dies, or hangs."""
-        before, limit = len(self._todo), 2 * GRACE_S
+        before, limit = len(self._todo), START_S
         began = time.time()
         current: str | None = None
         while True:

@@ -36,7 +36,7 @@ def stamp(device: str) -> dict[str, str]:
     name = f"CPU, {platform.machine()}"
     if device == "cuda":
         name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return {"device": name, "torch": torch.__version__, "adaptbatch": adaptbatch.__version__}
+    return {"device": name, "torch": str(torch.__version__), "adaptbatch": adaptbatch.__version__}
 
 
 def healthy(device: str) -> bool:
