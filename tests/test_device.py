@@ -373,6 +373,19 @@ def test_an_error_in_a_section_is_written_down_after_the_rows_that_were_done(tmp
     assert "in run" in (tmp_path / "own.txt").read_text()
 
 
+def test_a_check_that_raises_leaves_a_row_and_lets_the_next_one_run(tmp_path, monkeypatch):
+    def broken(report: harness.Report, *_: Any) -> None:
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(ghost_section, "compare", broken)
+    found = report(tmp_path)
+    ghost_section.run(found, "cpu", tiny=True)
+    rows = pd.read_csv(tmp_path / "section.csv")
+    assert len(rows) == 12
+    assert not rows["ok"].any()
+    assert set(rows["error"]) == {"RuntimeError: out of memory"}
+
+
 def test_a_section_without_time_is_no_success(tmp_path):
     names = ("ghost",)
     assert harness.Supervisor(harness.Options(tmp_path, names, 0.0, "cpu", tiny=True)).run() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,14 @@ def run(report: Report, device: str, tiny: bool) -> None:
     """Rows for each network and precision."""
     for case in networks(tiny):
         for precision in ("float64", "float32", "bf16"):
-            compare(report, case, device, precision)
+            check = partial(compare, report, case, device, precision)
+            report.attempt(check, network=case.name, precision=precision)
 
 
 def networks(tiny: bool) -> list[Case]:
     """Those whose layers it knows, at a size at which all per-example gradients fit."""
     known = cases(tiny)
-    width, inputs, side = (32, 16, 8) if tiny else (512, 1024, 28)
+    width, inputs, side = (32, 16, 8) if tiny else (512, 1024, 14)
     mlp = Case("MLP", lambda: Perceptron(inputs, width, 3), (inputs,), 0, EXAMPLES, terms=2 * (inputs + 3 * width))
     places = side**2
     convolved = Case(

@@ -71,6 +71,14 @@ class Report:
         print(f"  {self.name}: {'ok' if ok else 'FAILED'}: {shown}", flush=True)
         write(self.folder / f"{self.name}.csv", pd.DataFrame(self.rows).to_csv(index=False))
 
+    def attempt(self, check: Callable[[], object], **values: Any) -> None:
+        """Run a check; one that raises leaves a row of ``values`` with its error, and the next one runs."""
+        try:
+            check()
+        except Exception as error:
+            self.note(traceback.format_exc())
+            self.row(False, **values, error=f"{type(error).__name__}: {error}".splitlines()[0])
+
     def note(self, text: str) -> None:
         """Add a remark to the text; print it."""
         self.notes.append(text)
@@ -134,8 +142,8 @@ def work(options: Options, names: tuple[str, ...], ends: float, pipe: Any) -> No
         report.finish()
         pipe.send((name, not failure and report.ok, failure or "; ".join(report.notes)))
         if not machine.healthy(device):
-            # No kernel runs in this process any more.
-            break
+            # No kernel runs in this process any more, and to end it in good order may take for ever.
+            os._exit(1)
 
 
 def _run(report: Report, device: str, tiny: bool) -> str:
@@ -184,7 +192,7 @@ class Supervisor:
         before, limit = len(self._todo), START_S
         began = time.time()
         current: str | None = None
-        while True:
+        while self._todo:
             try:
                 if not receive.poll(limit):
                     self._lost(current, f"hung for {limit:.0f} s", began)
@@ -197,7 +205,8 @@ class Supervisor:
                 return
             if current is None:
                 current, began = name, time.time()
-                limit, self._stamp = min(message[0] + GRACE_S, self._ends + LATE_S - began), message[1]
+                limit = max(min(message[0] + GRACE_S, self._ends + LATE_S - began), SHORTEST_S)
+                self._stamp = message[1]
                 print(f"{name}, at most {message[0]:.0f} s", flush=True)
             else:
                 self._ended(name, *message, time.time() - began)

@@ -27,6 +27,7 @@ def prepare(device: str | None) -> str:
         torch.ones(8, 8, device=found).mm(torch.ones(8, 8, device=found)).sum().item()
     # Images of some vendors turn TF32 on by an environment variable.
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(1)
     return found
 

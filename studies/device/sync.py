@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,7 +148,8 @@ def run(report: Report, device: str, tiny: bool) -> None:
     known = cases(tiny)
     if device == "cuda":
         for skip in (False, True):
-            _runs_ahead(report, known["wide MLP"], skip)
+            check = partial(_runs_ahead, report, known["wide MLP"], skip)
+            report.attempt(check, setting="device kept busy", skip_nonfinite=skip)
     free = {name: _free_by_itself(report, case, device) for name, case in known.items()}
     for label, setting in SETTINGS.items():
         for name in setting.networks:
@@ -155,7 +157,8 @@ def run(report: Report, device: str, tiny: bool) -> None:
                 if report.left < 0.0:
                     report.note(f"no time was left for {label}, {name}, skip_nonfinite={skip}")
                 elif free[name]:
-                    _one(report, known[name], label, setting, device, skip)
+                    check = partial(_one, report, known[name], label, setting, device, skip)
+                    report.attempt(check, network=name, setting=label, skip_nonfinite=skip)
 
 
 def _debugged(device: str, what: Callable[[], None]) -> str:

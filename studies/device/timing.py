@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,9 @@ def run(report: Report, device: str, tiny: bool) -> None:
     """Eager: every network in every precision."""
     todo = [(case, precision) for precision in ("bf16", "fp16", "float32") for case in cases(tiny).values()]
     for turn, (case, precision) in enumerate(todo):
-        _case(report, case, device, precision, tiny, time.time() + report.left / (len(todo) - turn))
+        ends = time.time() + report.left / (len(todo) - turn)
+        check = partial(_case, report, case, device, precision, tiny, ends)
+        report.attempt(check, network=case.name, precision=precision, compiled="no")
 
 
 def run_compiled(report: Report, device: str, tiny: bool) -> None:
@@ -41,7 +44,8 @@ def run_compiled(report: Report, device: str, tiny: bool) -> None:
             # A compiled graph of another case neither serves here nor counts against the limit of graphs.
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
-            _case(report, known[name], device, precision, tiny, began + report.left / 6, backend)
+            check = partial(_case, report, known[name], device, precision, tiny, began + report.left / 6, backend)
+            report.attempt(check, network=name, precision=precision, compiled=backend)
             longest = max(longest, (time.time() - began) / size)
 
 
