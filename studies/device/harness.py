@@ -71,7 +71,7 @@ class Report:
         print(f"  {self.name}: {'ok' if ok else 'FAILED'}: {shown}", flush=True)
         write(self.folder / f"{self.name}.csv", pd.DataFrame(self.rows).to_csv(index=False))
 
-    def attempt(self, check: Callable[[], object], **values: Any) -> None:
+    def attempt(self, check: Callable[[], object], /, **values: Any) -> None:
         """Run a check; one that raises leaves a row of ``values`` with its error, and the next one runs."""
         try:
             check()
