@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import adaptbatch as ab
 from adaptbatch import sensor
-from adaptbatch.window import HostCopy
+from adaptbatch.window import HostCopy, OpenWindow
 from studies import origin
 from studies.device import bias, exact, harness, table
 from studies.device import ghost as ghost_section
@@ -297,6 +297,17 @@ def test_reads_are_told_with_their_part_of_the_loop_and_the_age_of_their_window(
         copy.read()
     HostCopy(torch.ones(2)).read()
     assert reads.found == [("backward", 1, False)]
+
+
+def test_a_learning_rate_that_is_on_the_host_is_not_sent_to_the_device():
+    window = OpenWindow()
+    window.add(torch.tensor(1.0), torch.tensor(2.0), 3.0)
+    window.norms.batch = torch.tensor(4.0)
+    rate = torch.tensor(0.125)
+    finished = window.finished(rate)
+    rate.mul_(2.0)
+    assert "lr" not in finished.names
+    assert finished.learning_rate == 0.125
 
 
 # --- sections that fail, die or hang ------------------------------------------------------------------------------
