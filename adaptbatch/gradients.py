@@ -50,8 +50,9 @@ class WindowGradients:
         ahead = torch.stack([inner_product(sums, mean) for sums in self.sums]) * reference
         # <w_c g_c, g>, from sums that hold all micro-batches so far.
         own = torch.diff(ahead, prepend=ahead.new_zeros(1))
-        weights = torch.tensor(self.weights, dtype=own.dtype, device=own.device)
-        return (own.square() / weights).sum() / inner_product(mean, mean)
+        # Divided one by one: a tensor of the weights would wait for the device on its way there.
+        parts = [part / weight for part, weight in zip(own.square(), self.weights, strict=True)]
+        return torch.stack(parts).sum() / inner_product(mean, mean)
 
 
 class PreviousGradient:

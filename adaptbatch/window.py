@@ -136,10 +136,11 @@ class OpenWindow:
     def finished(self, lr: float | Tensor) -> FinishedWindow:
         """The finished window's scalars, on their way to the host in one copy, a learning rate on the device too."""
         scalars = self._scalars()
-        if isinstance(lr, Tensor):
-            scalars["lr"] = lr
+        # One on the host already would have to wait for the device on its way there.
+        host = None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+        if host is None:
+            scalars["lr"] = torch.as_tensor(lr)
         values = torch.stack([scalars["weighted"], *(v.to(scalars["weighted"]) for v in list(scalars.values())[1:])])
-        host = None if isinstance(lr, Tensor) else float(lr)
         counts = (self.weight, self.cells, self.pieces)
         finished = FinishedWindow(*counts, tuple(scalars), HostCopy(values), lr=host)
         finished.largest, finished.all_cells, finished.ended = self.largest, self.all_cells, self.ended
@@ -237,7 +238,8 @@ class HostCopy:
             self._scalars = torch.empty(scalars.shape, dtype=scalars.dtype, pin_memory=True)
             self._scalars.copy_(scalars, non_blocking=True)
             self._event = torch.Event(scalars.device.type)
-            self._event.record()
+            # By itself it would record the current device's stream, which need not be the one that copies.
+            self._event.record(torch.cuda.current_stream(scalars.device))
 
     @classmethod
     def of(cls, values: Sequence[float]) -> HostCopy:
