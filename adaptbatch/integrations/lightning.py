@@ -153,8 +153,8 @@ class AdaptiveAccumulation(L.Callback):
             if config.interval == "step" and planned in horizons and planned > 1.0:
                 warnings.warn(
                     f"{type(config.scheduler).__name__} was planned for {planned:.0f} steps, one a batch, and is "
-                    f"stepped once a window of several: it ends early in its course. Plan it in windows where their number is "
-                    f'known, or step it by epochs (interval="epoch").',
+                    f"stepped once a window of several: it ends early in its course. Plan it in windows where their "
+                    f'number is known, or step it by epochs (interval="epoch").',
                     stacklevel=2,
                 )
 
