@@ -29,6 +29,8 @@ collect_ignore = [
 SHARED = {"browser", "built", "found", "ledger", "opened"}
 
 
+# Before xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SHARED.intersection(getattr(item, "fixturenames", ())):
