@@ -36,6 +36,17 @@ def require_shared_parameter(model: nn.Module, optimizer: Optimizer) -> None:
         )
 
 
+def require_unit(unit: object, by_example: bool = False) -> None:
+    """Refuse what is no word for what weights count."""
+    if not isinstance(unit, str) or not unit.replace("-", "").replace(" ", "").isalpha():
+        raise ValueError(f"unit must be a word for what weights count, in the plural, got unit = {unit!r}; 'tokens'.")
+    if by_example and unit != "examples":
+        raise ValueError(
+            f"unit must be 'examples' with ghost=True, whose weights are numbers of examples, got unit = {unit!r}; "
+            f"leave it out, or weigh {unit} without ghost norms."
+        )
+
+
 def require_kind(name: str, value: object, kind: type, way_out: str) -> None:
     """Refuse what is neither None nor one of ``kind``, its class included."""
     if value is not None and (isinstance(value, type) or not isinstance(value, kind)):

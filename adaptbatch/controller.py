@@ -21,7 +21,14 @@ from torch.optim import Optimizer
 
 from adaptbatch import noise
 from adaptbatch.checkpoint import STATE_VERSION, require_state
-from adaptbatch.checks import checked_weight, require_kind, require_pair, require_scalar_loss, require_shared_parameter
+from adaptbatch.checks import (
+    checked_weight,
+    require_kind,
+    require_pair,
+    require_scalar_loss,
+    require_shared_parameter,
+    require_unit,
+)
 from adaptbatch.distributed import Ranks, Sync, require_agreement
 from adaptbatch.explain import explain
 from adaptbatch.history import History, decision_row
@@ -76,6 +83,7 @@ class BatchController:
         skip_nonfinite: Leave out a step whose gradients are not finite (one host read before each step). With False
             the step is taken as in a plain loop, and on a GPU the numbers reach the host, hence the decision, one
             window late.
+        unit: What weights count, for whoever reads: ``"tokens"``. Columns keep their names.
 
     Raises:
         ValueError: If nothing is trainable, ``population`` is below 1, ``limits`` do not fit the rule, a layer has no
@@ -113,7 +121,9 @@ class BatchController:
         process_group: Any = None,
         sync: Sync = "last",
         skip_nonfinite: bool = True,
+        unit: str = "examples",
     ) -> None:
+        require_unit(unit, ghost)
         require_pair(model, optimizer)
         require_shared_parameter(model, optimizer)
         require_kind(
@@ -136,7 +146,7 @@ class BatchController:
         self._limits = self._resolved(limits)
         self.guard = guard
         self._stepper = Stepper(optimizer, scaler, learning_rate)
-        self.history = History(self._settle)
+        self.history = History(self._settle, unit)
         # All leave out steps, and so have to see a window before its step; several ranks see it when they agree on it.
         self._reads_first = skip_nonfinite or guard is not None or scaler is not None or ranks.several
         self._skips_nonfinite = skip_nonfinite or scaler is not None
@@ -510,7 +520,17 @@ class BatchController:
         self._settle()
         loop, rows = self._loop, self.history.to_pandas()
         cold = self._sensor.metric == "adam" and loop.metric.weight == 0.0
-        return explain(self.rule, loop.evidence(), loop.progress, self._decision, self.limits, rows, loop.shards, cold)
+        return explain(
+            self.rule,
+            loop.evidence(),
+            loop.progress,
+            self._decision,
+            self.limits,
+            rows,
+            loop.shards,
+            cold,
+            self.history.unit,
+        )
 
     def layer_noise(self) -> dict[str, NoiseEstimate]:
         """The unbiased pair of each parameter, by name, in a due window of one micro-batch; their sum is the whole's.

@@ -34,6 +34,18 @@ REASONS: Mapping[str, str] = {
 }
 
 
+def unit_of(frames: Mapping[str, pd.DataFrame]) -> str:
+    """What the weights of these runs count; of several kinds all are named.
+
+    Example:
+        >>> run = pd.DataFrame({"loss": [1.0]})
+        >>> run.attrs["unit"] = "tokens"
+        >>> unit_of({"a": run, "b": run}), unit_of({"a": run, "b": pd.DataFrame()})
+        ('tokens', 'examples or tokens')
+    """
+    return " or ".join(sorted({str(frame.attrs.get("unit", "examples")) for frame in frames.values()}))
+
+
 def draw(frames: Mapping[str, pd.DataFrame], shown: Collection[str] | None = None) -> Figure:
     """The plots: loss, accumulation steps, noise scale and batch, reasons."""
     from plotly.subplots import make_subplots
@@ -91,7 +103,7 @@ def draw(frames: Mapping[str, pd.DataFrame], shown: Collection[str] | None = Non
     ends = [math.log10(0.8), math.log10(1.25 * max(powers[-1], 2))]
     figure.update_yaxes(type="log", tickvals=powers, range=ends, minor={"showgrid": False}, row=2, col=1)
     figure.update_yaxes(type="log", row=3, col=1)
-    figure.update_xaxes(title_text="examples seen", row=4, col=1)
+    figure.update_xaxes(title_text=f"{unit_of(frames)} seen", row=4, col=1)
     figure.update_layout(
         template="plotly_white",
         height=900,

@@ -37,8 +37,9 @@ def draw_history(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     )
     ax.set_yscale("log")
     ax.set_ylim(bottom, top)
-    ax.set_xlabel("examples seen")
-    ax.set_ylabel("examples")
+    unit = rows.attrs.get("unit", "examples")
+    ax.set_xlabel(f"{unit} seen")
+    ax.set_ylabel(unit)
     ax.legend(frameon=False, fontsize="small")
     return ax
 

@@ -47,6 +47,7 @@ def explain(
     rows: pd.DataFrame,
     shards: noise.ShardTracker,
     cold_metric: bool = False,
+    unit: str = "examples",
 ) -> str:
     """Three sentences: what was measured, what was decided and why, what to be careful about.
 
@@ -59,6 +60,7 @@ def explain(
         rows: The history, for the share of windows at the limits.
         shards: Whether the ranks' data differ.
         cold_metric: Whether the optimizer's metric was asked for and there is none yet.
+        unit: What weights count.
 
     Example:
         >>> import pandas as pd
@@ -70,20 +72,20 @@ def explain(
         No window has told anything about the noise yet
     """
     parts = (
-        _measured(evidence, progress),
-        _decided(rule, decision, progress),
-        _careful(evidence, limits, rows, shards, cold_metric),
+        _measured(evidence, progress, unit),
+        _decided(rule, decision, progress, unit),
+        _careful(evidence, limits, rows, shards, cold_metric, unit),
     )
     return " ".join(parts)
 
 
-def _measured(evidence: Evidence, progress: Progress) -> str:
+def _measured(evidence: Evidence, progress: Progress, unit: str) -> str:
     pooled, typical = evidence.pooled, evidence.typical
     if not pooled.effective_windows > 0.0:
         return "No window has told anything about the noise yet."
     low, high = noise.noise_scale_interval(pooled)
     text = (
-        f"After {progress.examples_seen:,.0f} examples the noise scale is {_size(noise.noise_scale(pooled))} "
+        f"After {progress.examples_seen:,.0f} {unit} the noise scale is {_size(noise.noise_scale(pooled))} "
         f"(95 %: {_size(low)} to {_size(high)})"
     )
     if typical.effective_windows > 0.0:
@@ -93,18 +95,18 @@ def _measured(evidence: Evidence, progress: Progress) -> str:
     return f"{text}, and a batch of {_size(progress.global_batch)} has a relative standard error of {error:.2f}."
 
 
-def _decided(rule: Rule, decision: Decision, progress: Progress) -> str:
+def _decided(rule: Rule, decision: Decision, progress: Progress, unit: str) -> str:
     words = _WHY if rule.closed_loop else _WHY | _WHY_OPEN
     # A rule of one's own may have a word of its own.
     why = f": {words[decision.reason]}" if decision.reason in words else ""
     return (
         f"{type(rule).__name__} takes {progress.accumulation_steps} micro-batches (target "
-        f"{_size(decision.target_batch)} examples, reason {decision.reason}){why}."
+        f"{_size(decision.target_batch)} {unit}, reason {decision.reason}){why}."
     )
 
 
 def _careful(
-    evidence: Evidence, limits: Limits, rows: pd.DataFrame, shards: noise.ShardTracker, cold_metric: bool
+    evidence: Evidence, limits: Limits, rows: pd.DataFrame, shards: noise.ShardTracker, cold_metric: bool, unit: str
 ) -> str:
     cautions = []
     if cold_metric:
@@ -124,7 +126,7 @@ def _careful(
         cautions.append(f"{evidence.tail.share:.0%} of the pooled variance sits in windows far above the usual one")
     if math.isfinite(evidence.tail.episode_examples):
         ago = evidence.tail.episode_examples
-        cautions.append(f"the last gradient a hundred times longer than usual came {ago:,.0f} examples ago")
+        cautions.append(f"the last gradient a hundred times longer than usual came {ago:,.0f} {unit} ago")
     if evidence.response.phase < -2.0:
         cautions.append("consecutive gradients point against each other, as at a noise floor")
     if shards.chance() < 0.01:

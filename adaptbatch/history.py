@@ -95,7 +95,8 @@ class History:
         (0, ['optimizer_step', 'examples_seen', 'backward_passes'])
     """
 
-    def __init__(self, settle: Callable[[], None] | None = None) -> None:
+    def __init__(self, settle: Callable[[], None] | None = None, unit: str = "examples") -> None:
+        self.unit = unit
         # Columns of machine numbers take a sixth of the memory of a dictionary for each row.
         self._columns: dict[str, Any] = {name: _empty(kind) for name, kind in COLUMNS.items()}
         self._late = settle
@@ -220,11 +221,14 @@ class History:
         return f"History({len(self)} windows)"
 
     def to_pandas(self) -> pd.DataFrame:
-        """All rows as a DataFrame with the documented types."""
+        """All rows as a DataFrame with the documented types; ``attrs["unit"]`` says what weights count."""
         import pandas as pd
 
         self._settle()
-        return pd.DataFrame({name: pd.Series(list(self._columns[name]), dtype=kind) for name, kind in COLUMNS.items()})
+        columns = {name: pd.Series(list(self._columns[name]), dtype=kind) for name, kind in COLUMNS.items()}
+        table = pd.DataFrame(columns)
+        table.attrs["unit"] = self.unit
+        return table
 
     def to_parquet(self, path: str | Path) -> None:
         """Write all rows to one Parquet file (needs the ``parquet`` extra).

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from adaptbatch.curves import PARTS, draw
+from adaptbatch.curves import PARTS, draw, unit_of
 from adaptbatch.history import History
 
 NEEDED = ("examples_seen", "accumulation_steps", "global_batch", "reason", "loss", "noise_scale")
@@ -89,12 +89,16 @@ def report(
         },
     )
     rows, moves = decisions(frames)
+    unit = unit_of(frames)
+    rows = rows.rename(columns={"examples": unit})
     text = _template().render(
         title=title,
         about=about,
         plotlyjs=plotly.offline.get_plotlyjs(),
         plot=plot,
-        summary=_cells(pd.DataFrame(summary_row(frame) | {"run": name} for name, frame in frames.items()), first="run"),
+        summary=_cells(
+            pd.DataFrame(summary_row(frame, unit) | {"run": name} for name, frame in frames.items()), first="run"
+        ),
         decisions=_cells(rows, first="run"),
         windows=f"{sum(map(len, frames.values())):,}",
         moves=f"{moves:,}",
@@ -137,18 +141,18 @@ def notebook(frame: pd.DataFrame) -> str:
         "<p>{{ note }}</p>{{ grid(ends) }}</div>"
     )
     note = f"{len(ends)} of {len(frame):,} windows" + (", the first and the last" if len(ends) < len(frame) else "")
-    summary = _cells(pd.DataFrame([summary_row(frame)]))
+    summary = _cells(pd.DataFrame([summary_row(frame, unit_of({"run": frame}))]))
     return str(_environment().from_string(text).render(summary=summary, ends=_cells(ends), note=note))
 
 
-def summary_row(frame: pd.DataFrame) -> dict[str, Any]:
+def summary_row(frame: pd.DataFrame, unit: str = "examples") -> dict[str, Any]:
     """What a run came to, in one row of texts and numbers."""
     loss = frame["loss"].dropna()
     last = frame.iloc[-1]
     counts = frame["reason"].value_counts(normalize=True).head(3)
     return {
         "windows": len(frame),
-        "examples": float(last["examples_seen"]),
+        unit: float(last["examples_seen"]),
         "final loss": float(loss.tail(max(len(loss) // 20, 1)).mean()) if len(loss) else math.nan,
         "best loss": float(loss.min()) if len(loss) else math.nan,
         "mean batch": float(frame["global_batch"].mean()),

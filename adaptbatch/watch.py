@@ -16,6 +16,8 @@ from os import PathLike
 from types import ModuleType
 from typing import Any, Literal, Protocol, TextIO, runtime_checkable
 
+from adaptbatch.checks import require_unit
+
 
 @runtime_checkable
 class Logger(Protocol):
@@ -124,6 +126,7 @@ class ProgressLine:
         package: ``"rich"``, ``"tqdm"``, or None for what is installed, rich first. Into a file rich writes the last
             state only, tqdm one after the other.
         file: Where to; None: standard error.
+        unit: What weights count, as the controller was told.
 
     Raises:
         ModuleNotFoundError: If the package, or both, are not installed.
@@ -140,13 +143,19 @@ class ProgressLine:
     """
 
     def __init__(
-        self, budget: float | None = None, *, package: Literal["rich", "tqdm"] | None = None, file: TextIO | None = None
+        self,
+        budget: float | None = None,
+        *,
+        package: Literal["rich", "tqdm"] | None = None,
+        file: TextIO | None = None,
+        unit: str = "examples",
     ) -> None:
+        require_unit(unit)
         if budget is not None and not 0.0 < budget < math.inf:
             raise ValueError(f"budget must be positive and finite, got budget = {budget!r}; None: it is unknown.")
         if package not in (None, "rich", "tqdm"):
             raise ValueError(f"package must be 'rich', 'tqdm' or None for either, got package = {package!r}.")
-        self.budget = budget
+        self.budget, self.unit = budget, unit
         self.text = ""
         self._package = _imported_line(package)
         self._file = file
@@ -156,7 +165,7 @@ class ProgressLine:
     def log(self, row: Mapping[str, Any]) -> None:
         """Show the row; the first one starts the line, where a resumed run stands."""
         seen, end = row["examples_seen"], math.inf if self.budget is None else self.budget
-        self.text = _line_text(row, self.budget)
+        self.text = _line_text(row, self.budget, self.unit)
         if self._show is None:
             start = _rich_line if self._package.__name__ == "rich" else _tqdm_line
             begun = min(seen - row["global_batch"], end)
@@ -181,13 +190,13 @@ def finite(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: int(value) if isinstance(value, bool) else value for name, value in numbers.items()}
 
 
-def _line_text(row: Mapping[str, Any], budget: float | None) -> str:
+def _line_text(row: Mapping[str, Any], budget: float | None, unit: str) -> str:
     size, low, high = (_size(row[f"noise_scale{end}"]) for end in ("", "_low", "_high"))
     scale = size if "-" in (size, low, high) else f"{size} ({low} to {high})"
     seen, loss = row["examples_seen"], row["loss"]
-    examples = f"{_size(seen)} examples"
+    examples = f"{_size(seen)} {unit}"
     if budget is not None:
-        examples = f"{seen / budget:.0%} {_size(seen)} of {_size(budget)} examples"
+        examples = f"{seen / budget:.0%} {_size(seen)} of {_size(budget)} {unit}"
     return (
         f"{examples}  loss {'-' if math.isnan(loss) else format(loss, '.4g')}  k {row['accumulation_steps']}  "
         f"n {_size(row['global_batch'])}  B {scale}  {row['reason']}"

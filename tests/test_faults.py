@@ -596,3 +596,74 @@ def test_what_a_device_finds_late_is_refused_with_the_windows_numbers(fault: str
     with pytest.raises(RuntimeError, match=r"adds to \.grad or changes it.*discard_window\(\)"):
         c.step()
     assert all(torch.equal(p, q) for p, q in zip(c.model.parameters(), before, strict=True)) == skip
+
+
+def test_a_heavy_micro_batch_that_reaches_nothing_costs_no_good_one():
+    c, twin = controlled(2), controlled(2)
+    x, stray = batches([1, 512]), Parameter(torch.ones(1))
+    c.backward(squared(c.model, x[0]), weight=1)
+    with pytest.raises(RuntimeError, match="does not reach a parameter of the optimizer"):
+        c.backward(stray.sum(), weight=512)
+    for one in (c, twin):
+        one.backward(squared(one.model, x[1 if one is c else 0]), weight=512 if one is c else 1)
+    twin.backward(squared(twin.model, x[1]), weight=512)
+    for one in (c, twin):
+        one.step()
+    for p, q in zip(c.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_parts_along_the_mean_do_not_depend_on_the_reference():
+    """A light micro-batch first: the window's reference moves, and what was kept of its gradients with it."""
+    model = small_model()
+    c = ab.BatchController(model, sgd(model), rule=ab.InnerProductTest(), limits=ab.Limits(min_steps=3, max_steps=3))
+    sizes = [1, 64, 60]
+    data = batches(sizes)
+    cells = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(squared(model, x), list(model.parameters()))]) for x in data
+    ]
+    for x, n in zip(data, sizes, strict=True):
+        c.backward(squared(model, x), weight=n)
+    c.normalize_()
+    mean = sum(n * g for n, g in zip(sizes, cells, strict=True)) / sum(sizes)
+    want = sum(n * float(g @ mean) ** 2 for n, g in zip(sizes, cells, strict=True)) / float(mean @ mean)
+    assert float(c._window.extra["radial_sq_norms"]) == pytest.approx(want, rel=1e-9)
+
+
+def test_a_window_that_began_in_another_metric_is_not_in_the_metric():
+    torch.manual_seed(0)
+    model = small_model()
+    model[0].bias.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.9))
+    c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), metric="adam")
+    for index, x in enumerate(batches([4] * 60)):
+        if index == 51:
+            before = c.history.to_pandas()["noise_scale_metric"].iloc[-1]
+            model[0].bias.requires_grad_(True)
+        c.backward(squared(model, x), weight=4)
+        if c.step_due:
+            assert (c._window.in_metric is None) == (index >= 51 or len(c.history) < 10)
+            c.step()
+    assert c.history.to_pandas()["noise_scale_metric"].iloc[-1] == before
+
+
+def test_who_watches_is_told_the_rows_after_a_load():
+    class Rows:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def log(self, row: dict) -> None:
+            self.steps.append(row["optimizer_step"])
+
+        def close(self) -> None: ...
+
+    c, rows, data = controlled(1), Rows(), batches([3] * 3)
+    c.history.watch(rows)
+    state = c.state_dict()
+    for repeat in range(2):
+        for x in data:
+            c.backward(squared(c.model, x), weight=3)
+            c.step()
+        if repeat == 0:
+            c.load_state_dict(state)
+    assert rows.steps == [1, 2, 3, 1, 2, 3]

@@ -112,7 +112,7 @@ class TestReadings:
         st.floats(1e-320, 1e150),
         st.floats(1.0, 1e300) | st.just(math.inf),
     )
-    @example(signal=2.35e-204, trace=213.0, theta=1.0, population=1000.0)
+    @example(signal=1.0, trace=6.476385960836947e150, theta=1.0, population=1000.0)
     @example(signal=1e-3, trace=1.0, theta=1e-200, population=math.inf)
     @example(signal=5e-324, trace=1.0, theta=1.0, population=6704317697375217.0)
     def test_required_batch_keeps_its_bounds(self, signal, trace, theta, population):

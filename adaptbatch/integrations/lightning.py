@@ -44,6 +44,7 @@ class AdaptiveAccumulation(L.Callback):
         weight: Examples (or tokens) that a batch's mean loss is over, as a Python number; None: the first dimension of
             the first tensor in the batch.
         skip_nonfinite: Whether a window that is not finite moves nothing (one host read before each step).
+        unit: What weights count, for whoever reads.
 
     Attributes:
         controller: The controller of the running or last ``fit``, for its ``history`` and ``explain()``; None before.
@@ -79,6 +80,7 @@ class AdaptiveAccumulation(L.Callback):
         process_group: Any = None,
         weight: Callable[[Any], float] | None = None,
         skip_nonfinite: bool = True,
+        unit: str = "examples",
     ) -> None:
         self._skips_nonfinite, self._withheld = skip_nonfinite, False
         self.controller: BatchController | None = None
@@ -89,6 +91,7 @@ class AdaptiveAccumulation(L.Callback):
             "population": population,
             "ghost": ghost,
             "phase": phase,
+            "unit": unit,
             "process_group": process_group,
         }
         self._weigh = examples_of if weight is None else weight

@@ -51,6 +51,7 @@ class AdaptiveAccumulationMixin(Trainer):
             not -100, shifted if the model's loss shifts them, and where labels are no integers, examples. In one
             process a micro-batch of weight zero is left out.
         skip_nonfinite: Whether a window that is not finite moves nothing (one host read before each step).
+        unit: What weights count, for whoever reads.
 
     Attributes:
         controller: The controller of the running or last ``train``, for its ``history`` and ``explain()``; None before.
@@ -85,6 +86,7 @@ class AdaptiveAccumulationMixin(Trainer):
         phase: bool = False,
         weight: Callable[[Mapping[str, Any]], float] | None = None,
         skip_nonfinite: bool = True,
+        unit: str = "examples",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -97,6 +99,7 @@ class AdaptiveAccumulationMixin(Trainer):
             "population": population,
             "ghost": ghost,
             "phase": phase,
+            "unit": unit,
         }
         self._weigh = self._target_items if weight is None else weight
         self._skips_nonfinite, self._withheld = skip_nonfinite, False
