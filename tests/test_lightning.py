@@ -245,12 +245,16 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["saver first", "saver last"])
 @pytest.mark.parametrize("batch_idx", [1, 2, 3, 5, 10])
-def test_a_checkpoint_within_an_epoch_keeps_an_open_windows_gradients(tmp_path: Path, batch_idx: int) -> None:
+def test_a_checkpoint_within_an_epoch_keeps_an_open_windows_gradients(
+    tmp_path: Path, batch_idx: int, first: bool
+) -> None:
     x, rule = examples(), Replay([2, 3, 1, 4])
     stateful = Resumable(TensorDataset(x, torch.arange(len(x))), batch_size=4)
     whole, module = AdaptiveAccumulation(rule=rule), Net()
-    fit = trainer(tmp_path, whole, SaveAt(batch_idx, tmp_path / "mid.ckpt"))
+    pair = whole, SaveAt(batch_idx, tmp_path / "mid.ckpt")
+    fit = trainer(tmp_path, *(reversed(pair) if first else pair))
     fit.fit(module, stateful)
     stateful = Resumable(TensorDataset(x, torch.arange(len(x))), batch_size=4)
     second, resumed = AdaptiveAccumulation(rule=rule), Net()
@@ -262,7 +266,11 @@ def test_a_checkpoint_within_an_epoch_keeps_an_open_windows_gradients(tmp_path: 
 
 
 def test_a_checkpoint_before_the_record_is_refused(tmp_path: Path) -> None:
-    saver = SaveAt(1, tmp_path / "early.ckpt")
+    class SaveEarly(L.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    saver = SaveEarly()
     with pytest.raises(RuntimeError, match="too late between normalize_"):
         trainer(tmp_path, saver, AdaptiveAccumulation(rule=Fixed(2))).fit(Net(), loader(examples()))
 

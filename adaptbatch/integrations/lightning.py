@@ -262,8 +262,8 @@ class AdaptiveAccumulation(L.Callback):
         """The controller's state, for Lightning's checkpoint; empty before the first ``fit``.
 
         Raises:
-            RuntimeError: Within a window of several ranks, and between the backward pass that closes a window and this
-                callback's ``on_train_batch_end``: put it before a callback that saves there.
+            RuntimeError: Within a window of several ranks, and between the backward pass that closes a window and
+                ``on_train_batch_end``, where this callback comes first.
         """
         if self._running:
             return {"controller": self._required().state_dict(), "heard": self._heard}
