@@ -12,6 +12,7 @@ from adaptbatch.page import report
 from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Response, Tail
 from adaptbatch.rules import (
     CABS,
+    AnyOf,
     CosineSimilarity,
     DiveBatch,
     Fixed,
@@ -28,6 +29,7 @@ from adaptbatch.rules import (
     Rule,
     Schedule,
     Seesaw,
+    StandardError,
     decide,
 )
 from adaptbatch.schedule import ScheduleDriver
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CABS",
+    "AnyOf",
     "BatchController",
     "CosineSimilarity",
     "Decision",
@@ -66,6 +69,7 @@ __all__ = [
     "Schedule",
     "ScheduleDriver",
     "Seesaw",
+    "StandardError",
     "Tail",
     "TensorBoardLogger",
     "WandbLogger",

@@ -215,6 +215,7 @@ class Loop:
         return Evidence(
             pooled=decisive.estimate(),
             typical=self.typical.estimate(),
+            level=self.typical.level,
             tail=self.typical.tail(),
             response=Response(self.climb.elasticity(), self.climb.least_error_sq(), self.phase()),
             window=self.window,

@@ -150,6 +150,32 @@ def required_batch(pair: NoiseEstimate, theta: float, population: float = math.i
     return population if math.isinf(unlimited) else min(unlimited / (1.0 + unlimited / population), population)
 
 
+def batch_with_error(noise_trace: float, sq_error: float, population: float = math.inf) -> float:
+    """Smallest batch whose gradient has a squared standard error of at most ``sq_error``.
+
+    Solves ``phi(n) tr(Sigma) = sq_error``: ``n = 1 / (sq_error / tr(Sigma) + 1 / N)``.
+
+    Args:
+        noise_trace: ``tr(Sigma)`` [g^2 example]; below zero as an estimate may be, it is read as zero.
+        sq_error: Wanted ``tr(Sigma) / n`` [g^2]; positive.
+        population: Examples in the data set, or infinity.
+
+    Returns:
+        ``n`` [examples], not rounded, at most ``N``; 0 where there is no noise.
+
+    Source:
+        Cochran 1977 (finite population).
+
+    Example:
+        >>> batch_with_error(6400.0, sq_error=16.0), batch_with_error(6400.0, sq_error=16.0, population=400)
+        (400.0, 200.0)
+    """
+    if not noise_trace > 0.0:
+        return 0.0
+    inverse = sq_error / noise_trace + 1.0 / population
+    return min(1.0 / inverse, population) if inverse > 0.0 else population
+
+
 def excess_error(pair: NoiseEstimate, batch: float, theta: float, population: float = math.inf) -> tuple[float, float]:
     """The linear statistic of the CLT rule and its standard error.
 

@@ -124,6 +124,7 @@ class Evidence:
     Attributes:
         pooled: Unbiased moments, decayed in examples.
         typical: The same of windows that are scaled by the usual gradient and bounded: of an ordinary step [1].
+        level: The unit of ``typical``: the median of the last windows' ``Q / n`` [g^2].
         tail: What the bound cut off.
         response: What growing did so far.
         window: The last finite window; None before the first.
@@ -135,6 +136,7 @@ class Evidence:
 
     pooled: NoiseEstimate = NoiseEstimate(math.nan, math.nan)
     typical: NoiseEstimate = NoiseEstimate(math.nan, math.nan)
+    level: float = math.nan
     tail: Tail = Tail()
     response: Response = Response()
     window: Measurement | None = None

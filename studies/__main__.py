@@ -20,7 +20,9 @@ from studies.runner import RUNS, provenance, run_all
 from studies.sweep import Cluster, Preset, Study
 
 Data = Literal["mnist", "fashion", "shuttle", "digits"]
-Name = Literal["origin", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable"]
+Name = Literal[
+    "origin", "live", "transformer", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable"
+]
 
 app = tyro.extras.SubcommandApp()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,6 +44,28 @@ class Warmup:
 
 
 @dataclass(frozen=True)
+class Decay:
+    """Linear to zero at the end of the budget, after a linear warm-up.
+
+    Attributes:
+        examples: The budget.
+        warmup: Examples of the warm-up; 0: none.
+
+    Example:
+        >>> [Decay(100, warmup=20).factor(seen) for seen in (10, 20, 60, 100)]
+        [0.5, 1.0, 0.5, 0.0]
+    """
+
+    examples: float
+    warmup: float = 0.0
+
+    def factor(self, examples_seen: float) -> float:
+        """Of a step that ends there."""
+        up = examples_seen / self.warmup if self.warmup else math.inf
+        return max(0.0, min(1.0, up, (self.examples - examples_seen) / (self.examples - self.warmup)))
+
+
+@dataclass(frozen=True)
 class Follow:
     """What a recorded run did to its batch, done to the rate instead: ``(n_0 / n)^power`` at the same examples.
 
@@ -80,6 +103,7 @@ class Arm:
         guard: Of the controller.
         coupling: Of the controller: the learning rate that follows the batch.
         residual, norm: Of the network, in place of the task's.
+        ghost: Whether single examples are measured, in place of micro-batches.
     """
 
     name: str
@@ -95,6 +119,7 @@ class Arm:
     coupling: ab.LearningRate | None = None
     residual: Residual | None = None
     norm: Norm | None = None
+    ghost: bool = False
 
     def learning_rate(self, examples_seen: float) -> float:
         """Learning rate of a step that ends after ``examples_seen`` examples."""
@@ -117,6 +142,7 @@ def _adam(p: Any, arm: Arm) -> torch.optim.Optimizer:
 
 OPTIMIZERS: Mapping[str, Callable[[Any, Arm], torch.optim.Optimizer]] = {
     "adam": _adam,
+    "adamw": lambda p, arm: torch.optim.AdamW(p, lr=arm.lr, betas=(arm.beta1, arm.beta2), weight_decay=0.1, fused=True),
     "radam": lambda p, arm: torch.optim.RAdam(p, lr=arm.lr, betas=(arm.beta1, arm.beta2)),
     "sgd": lambda p, arm: torch.optim.SGD(p, lr=arm.lr),
     "momentum": lambda p, arm: torch.optim.SGD(p, lr=arm.lr, momentum=arm.beta1),

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from studies import comparison, depth, favourable, frontier, momentum, origin, sensitivity, study_figures, verdicts
+from studies import (
+    comparison,
+    depth,
+    favourable,
+    frontier,
+    live,
+    momentum,
+    origin,
+    sensitivity,
+    study_figures,
+    transformer,
+    verdicts,
+)
 from studies.results import load
 from studies.sweep import Study
 
@@ -41,6 +53,18 @@ STUDIES = {
             comparison.plan,
             _from_runs(verdicts.tables),
             figures=study_figures.comparison,
+        ),
+        Study(
+            "live",
+            "updates at equal examples and equal loss, with a controller that acts",
+            live.plan,
+            _from_runs(live.tables),
+        ),
+        Study(
+            "transformer",
+            "the same on a character language model, by budget, and the role of the warm-up",
+            transformer.plan,
+            _from_runs(transformer.tables),
         ),
         Study(
             "sensitivity",

@@ -6,14 +6,12 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from studies.networks import Autoencoder
 
 T = TypeVar("T")
 LossOf = Callable[[Tensor, torch.Generator], Tensor]
@@ -68,7 +66,7 @@ def share(x: Tensor) -> Tensor:
 class Loss(nn.Module):
     """A network's loss as a module: DistributedDataParallel synchronises what is computed in forward()."""
 
-    def __init__(self, network: Autoencoder) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
@@ -76,7 +74,7 @@ class Loss(nn.Module):
         return self.network.loss(x, codes)
 
 
-def synchronised(network: Autoencoder) -> tuple[nn.Module, LossOf]:
+def synchronised(network: Any) -> tuple[nn.Module, LossOf]:
     """The model for the controller and the loss to back-propagate: plain in one process."""
     if world_size() == 1:
         return network, network.loss

@@ -83,6 +83,7 @@ def outcome(table: pd.DataFrame, budget: float, mean_input_loss: float) -> dict[
         "mean_batch": float(seen.iloc[-1] / len(table)),
         "last_batch": float(n.iloc[-len(n) // 10 - 1 :].mean()),
         "at_limit": float(table["at_limit"].mean()),
+        "changes": int((table["accumulation_steps"].diff().fillna(0) != 0).sum()),
         "seconds": float(table["wall_seconds"].iloc[-1]),
     }
 

@@ -28,7 +28,7 @@ from studies import data, ranks
 from studies.arms import Arm
 from studies.results import as_json, read_table, write_atomically
 from studies.schema import SCHEMA_VERSION, conform
-from studies.training import Task, train
+from studies.training import Trainable, train
 
 RUNS = Path(__file__).parent / "runs"
 
@@ -49,7 +49,7 @@ class Run:
     """
 
     study: str
-    task: Task
+    task: Trainable
     arm: Arm
     seed: int
     labels: tuple[tuple[str, str | int | float], ...] = field(default=(), compare=False)
@@ -69,7 +69,7 @@ class Run:
             "schema": SCHEMA_VERSION,
             "study": self.study,
             "seed": self.seed,
-            "task": {item.name: repr(getattr(self.task, item.name)) for item in fields(self.task)},
+            "task": {item.name: repr(getattr(self.task, item.name)) for item in fields(self.task)},  # type: ignore[arg-type]
             # Neither a name nor new ways in which arms may differ make old runs others.
             "arm": {
                 item.name: _short(repr(getattr(self.arm, item.name)))

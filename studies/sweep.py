@@ -7,6 +7,7 @@ committed of a run (its row and its curve) counts as found too, so that a fresh 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from studies.results import RESULTS, read_table, write_atomically
 from studies.runner import RUNS, Run
 
 SHARED = "shared"
+# Of a study that takes hours, its rows can be read and kept while it runs.
+SAVE_SECONDS = 300.0
 Preset = Literal["smoke", "laptop", "paper"]
 Cluster = Literal["none", "local", "slurm"]
 Row = Mapping[str, Any]
@@ -102,7 +105,7 @@ class Found:
         table = read_table(run.path(self.store))
         attrs = table.attrs
         row = {"key": run.key, "seed": run.seed, **reduce.settings(attrs["identity"])}
-        row |= reduce.outcome(table, run.task.examples, mean_input_loss(run.task.data, run.task.anomaly))
+        row |= reduce.outcome(table, run.task.examples, run.task.collapsed_loss())
         row |= attrs["test"] | {f"on_{name}": value for name, value in attrs["provenance"].items()}
         row |= {f"schedule_{name}": value for name, value in reduce.schedule(table).items()}
         self.rows[run.key], self.curves[run.key] = row, reduce.curve(table)
@@ -110,14 +113,6 @@ class Found:
 
 def _is_missing(value: Any) -> bool:
     return value is None or value is pd.NA
-
-
-def mean_input_loss(name: str, anomaly: int | None) -> float:
-    """Squared error on the validation set of the mean training input: what a collapsed network reaches."""
-    from studies import data
-
-    parts = data.split(name, anomaly)
-    return float(((parts.validation - parts.train.mean(axis=0)) ** 2).sum(axis=1).mean())
 
 
 Plan = Callable[[Options, Found], list[Run]]
@@ -163,7 +158,7 @@ def carry_out(
     """
     found, folder = Found(store, committed()), study.folder(options, out)
     while waiting := [run for run in study.plan(options, found) if run not in found]:
-        execute(waiting, store, where, title=study.name)
+        execute(waiting, store, where, title=study.name, save=lambda: write(*collect(study, options, found), folder))
         missing = [run.label for run in waiting if run not in found]
         write(*collect(study, options, found), folder)
         if missing:
@@ -201,8 +196,11 @@ def write(runs: pd.DataFrame, curves: pd.DataFrame, folder: Path) -> None:
         write_atomically(curves, folder / "curves.parquet")
 
 
-def execute(runs: Sequence[Run], store: Path, where: Where, title: str = "") -> None:
-    """Compute runs here or on a cluster; each is stored when it is done."""
+def execute(
+    runs: Sequence[Run], store: Path, where: Where, title: str = "", save: Callable[[], None] = lambda: None
+) -> None:
+    """Compute runs here or on a cluster; each is stored when it is done, and ``save`` called now and then."""
+    saved = time.monotonic()
     devices = _devices(where.device, len(runs))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
@@ -211,6 +209,9 @@ def execute(runs: Sequence[Run], store: Path, where: Where, title: str = "") -> 
             _submitted(runs, devices, store, where) if where.cluster != "none" else _joblib(runs, devices, store, where)
         ):
             bar.advance(task)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
 
 
 def _joblib(runs: Sequence[Run], devices: Sequence[str], store: Path, where: Where) -> Iterator[Any]:

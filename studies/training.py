@@ -1,16 +1,20 @@
-"""The one training loop: a task, an arm and a seed in; a table of the results schema out."""
+"""The one training loop: a task, an arm and a seed in; a table of the results schema out.
+
+What is trained is a :class:`Problem`: deep autoencoders here, language models in :mod:`studies.language`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 import adaptbatch as ab
 from studies import data, ranks
@@ -18,6 +22,52 @@ from studies.analysis import spike_flags
 from studies.arms import Arm
 from studies.networks import Autoencoder, Norm, Residual
 from studies.schema import conform
+
+
+class Problem(Protocol):
+    """A network and its data on a device."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Has ``loss(x, generator)``, the mean over what :meth:`weight` counts."""
+        ...
+
+    def micro_batches(self, seed: int) -> Iterator[Tensor]:
+        """Until the budget is spent."""
+        ...
+
+    def weight(self, x: Tensor) -> float:
+        """What a micro-batch counts towards the budget."""
+        ...
+
+    def evaluate(self) -> float:
+        """Mean loss on the probe set."""
+        ...
+
+    def score(self) -> dict[str, float]:
+        """What is said of the trained network: at least ``test_loss``."""
+        ...
+
+
+class Trainable(Protocol):
+    """What every arm of a study shares: network, data and budget. A frozen dataclass: its fields are its identity."""
+
+    @property
+    def data(self) -> str: ...
+
+    @property
+    def examples(self) -> int: ...
+
+    @property
+    def probe_every(self) -> int: ...
+
+    def problem(self, arm: Arm, device: str) -> Problem:
+        """A new network, with what ``arm`` puts in place of the task's, and the data."""
+        ...
+
+    def collapsed_loss(self) -> float:
+        """Loss on the validation set of a network that has learned nothing of its input."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +102,45 @@ class Task:
         residual, norm = arm.residual or self.residual, arm.norm or self.norm
         return Autoencoder(self.depth, self.widths, self.code, residual, norm, self.variational, inputs)
 
+    def problem(self, arm: Arm, device: str) -> Reconstruction:
+        """A new autoencoder and its data."""
+        parts = data.split(self.data, self.anomaly)
+        inputs = torch.from_numpy(parts.train).to(device)
+        probe = torch.from_numpy(parts.validation[: self.probe_examples]).to(device)
+        return Reconstruction(self.network(arm, inputs.shape[1]).to(device), self, parts, inputs, probe)
+
+    def collapsed_loss(self) -> float:
+        """Squared error of the mean training input as the reconstruction of everything."""
+        parts = data.split(self.data, self.anomaly)
+        return float(((parts.validation - parts.train.mean(axis=0)) ** 2).sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An autoencoder and the data it reconstructs."""
+
+    network: Autoencoder
+    task: Task
+    parts: data.Split
+    inputs: Tensor
+    probe: Tensor
+
+    def micro_batches(self, seed: int) -> Iterator[Tensor]:
+        """In a new random order each pass over the data."""
+        return shuffled_passes(self.inputs, self.task, seed)
+
+    def weight(self, x: Tensor) -> float:
+        """Its examples."""
+        return len(x)
+
+    def evaluate(self) -> float:
+        """Mean loss on the first rows of the validation set."""
+        return evaluate(self.network, self.probe)
+
+    def score(self) -> dict[str, float]:
+        """:func:`score`."""
+        return score(self.network, self.parts)
+
 
 def shuffled_passes(inputs: Tensor, task: Task, seed: int) -> Iterator[Tensor]:
     """Micro-batches until the budget is spent, in a new random order each pass over the data."""
@@ -85,7 +174,7 @@ class _Losses:
 
 
 def train(
-    task: Task,
+    task: Trainable,
     arm: Arm,
     seed: int,
     *,
@@ -106,18 +195,16 @@ def train(
         report: Called after every step with the examples seen, for a progress bar.
 
     Returns:
-        A table of :mod:`studies.schema`, whose ``attrs["test"]`` is what :func:`score` says of the trained network. It
+        A table of :mod:`studies.schema`, whose ``attrs["test"]`` is what the problem's ``score`` says of the trained
+        network. It
         ends early where the loss on the probe set is no longer finite.
     """
     torch.manual_seed(seed)
-    parts = data.split(task.data, task.anomaly)
-    inputs = torch.from_numpy(parts.train).to(device)
-    probe = torch.from_numpy(parts.validation[: task.probe_examples]).to(device)
-    model = task.network(arm, inputs.shape[1]).to(device)
-    optimizer = arm.build_optimizer(model.parameters())
+    problem = task.problem(arm, device)
+    optimizer = arm.build_optimizer(problem.network.parameters())
     # Every rank samples codes of its own.
     codes = torch.Generator(device).manual_seed(seed + 1_000_003 * ranks.rank())
-    trained, loss_of = ranks.synchronised(model)
+    trained, loss_of = ranks.synchronised(problem.network)
     losses = _Losses(device)
     extra: list[dict[str, float]] = []
     seen, next_probe = 0.0, 0.0
@@ -126,30 +213,31 @@ def train(
         optimizer,
         rule=arm.rule,
         limits=ab.Limits(max_steps=arm.max_steps),
+        ghost=arm.ghost,
         guard=arm.guard,
         learning_rate=arm.coupling,
         # A plain loop does not skip: what breaks an arm is its own.
         skip_nonfinite=False,
     ) as controller:
         bounds = (controller.limits.min_steps, controller.limits.max_steps)
-        for x in controller.micro_batches(shuffled_passes(inputs, task, seed)):
+        for x in controller.micro_batches(problem.micro_batches(seed)):
             own = ranks.share(x)
             loss = loss_of(own, codes)
-            controller.backward(loss, weight=len(own))
+            controller.backward(loss, weight=problem.weight(own))
             losses.append(loss)
-            seen += len(x)
+            seen += problem.weight(x)
             if controller.step_due:
                 optimizer.param_groups[0]["lr"] = arm.learning_rate(seen)
                 at_limit = arm.rule.closed_loop and controller.accumulation_steps in bounds
                 if arm.clip is not None:
                     controller.normalize_()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), arm.clip)
+                    torch.nn.utils.clip_grad_norm_(problem.network.parameters(), arm.clip)
                 controller.step()
                 due = seen >= next_probe
                 next_probe += (
                     task.probe_every * (math.floor((seen - next_probe) / task.probe_every) + 1) if due else 0.0
                 )
-                validation = evaluate(model, probe) if due else math.nan
+                validation = problem.evaluate() if due else math.nan
                 extra.append({"at_limit": at_limit, "validation_loss": validation})
                 report(seen)
                 if due and not math.isfinite(validation):
@@ -166,7 +254,7 @@ def train(
         spikes=spike_flags(micro).groupby(window).sum(),
     ).join(pd.DataFrame(extra))
     table = conform(table)
-    table.attrs["test"] = score(model, parts)
+    table.attrs["test"] = problem.score()
     return table
 
 

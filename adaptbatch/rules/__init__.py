@@ -11,6 +11,7 @@ Floats only, no torch.
 =============  =====================================================================================================
 base           the protocol, the limits, ``decide``
 clt            ``RelativeStandardError``, the default
+standard_error ``StandardError``, the absolute error; ``compose`` the largest of several rules
 guard          ``Guard``, the answer to exceedances; composes with any rule
 open_loop      ``Fixed``, ``Replay``, ``Ramp``, ``Schedule``, ``Seesaw``: no evidence enters
 norm_tests     ``NormTest``, ``InnerProductTest``, ``CosineSimilarity``: published tests of one window's gradient
@@ -20,13 +21,16 @@ efficiency     ``NoiseScale``, ``Pareto``, ``Goodput``, ``CABS``, ``DiveBatch``:
 
 from adaptbatch.rules.base import Limits, Rule, decide
 from adaptbatch.rules.clt import RelativeStandardError
+from adaptbatch.rules.compose import AnyOf
 from adaptbatch.rules.efficiency import CABS, DiveBatch, Goodput, NoiseScale, Pareto
 from adaptbatch.rules.guard import Guard
 from adaptbatch.rules.norm_tests import CosineSimilarity, InnerProductTest, NormTest
 from adaptbatch.rules.open_loop import Fixed, Ramp, Replay, Schedule, Seesaw
+from adaptbatch.rules.standard_error import StandardError
 
 __all__ = [
     "CABS",
+    "AnyOf",
     "CosineSimilarity",
     "DiveBatch",
     "Fixed",
@@ -43,5 +47,6 @@ __all__ = [
     "Rule",
     "Schedule",
     "Seesaw",
+    "StandardError",
     "decide",
 ]

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 from adaptbatch import noise
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress, Response
 from adaptbatch.rules.base import Limits, growth, in_python, require_memory, require_positive
+from adaptbatch.rules.compose import Composable
 
 Channel = Literal["typical", "pooled"]
 AtFloor = Literal["grow", "hold"]
@@ -25,7 +26,7 @@ FLOOR_Z = 2.0
 
 
 @dataclass(frozen=True)
-class RelativeStandardError:
+class RelativeStandardError(Composable):
     """Keeps the relative standard error of the batch gradient at ``theta`` (the CLT rule, a two-sided norm test).
 
     Tests the linear statistic ``D(n) = phi(n) tr(Sigma) - theta^2 |G|^2``, unbiased where the ratio ``B`` is not::

@@ -13,10 +13,11 @@ from typing import ClassVar
 from adaptbatch import noise
 from adaptbatch.records import Decision, Evidence, Progress
 from adaptbatch.rules.base import Limits, hold, in_python, require_memory, require_positive, towards
+from adaptbatch.rules.compose import Composable
 
 
 @dataclass(frozen=True)
-class NoiseScale:
+class NoiseScale(Composable):
     """Follows the gradient noise scale: ``n = B``, rounded up to whole steps every window.
 
     At ``n = B`` steps and examples both cost twice their minimum. This is the target of
@@ -56,7 +57,7 @@ class NoiseScale:
 
 
 @dataclass(frozen=True)
-class Pareto:
+class Pareto(Composable):
     """Trades steps for examples at a fixed ``price``: ``n = sqrt(price B)``.
 
     Minimises ``(price + n) (1 + B / n)``, the cost of an update in examples over the way it goes. With a price in time,
@@ -98,7 +99,7 @@ class Pareto:
 
 
 @dataclass(frozen=True)
-class Goodput:
+class Goodput(Composable):
     """Chooses the size with the most progress a second: throughput times statistical efficiency.
 
     Over the sizes that the limits allow, at least ``n0 = initial_batch``::
@@ -172,7 +173,7 @@ class Goodput:
 
 
 @dataclass(frozen=True)
-class CABS:
+class CABS(Composable):
     """Couples the batch to the learning rate: ``n = scale lr tr(Sigma) / (loss - loss_floor)``.
 
     At a rate of one over the curvature the gain that a step guarantees is largest for each example at ``n = 2 B``; the
@@ -221,7 +222,7 @@ class CABS:
 
 
 @dataclass(frozen=True)
-class DiveBatch:
+class DiveBatch(Composable):
     """Sets the batch to ``delta`` times the gradient diversity of the data set, once a pass.
 
     Over the ``N`` examples of a pass::

@@ -13,10 +13,11 @@ from typing import ClassVar
 from adaptbatch import noise
 from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress
 from adaptbatch.rules.base import Limits, hold, in_python, require_fraction, require_positive, towards
+from adaptbatch.rules.compose import Composable
 
 
 @dataclass(frozen=True)
-class NormTest:
+class NormTest(Composable):
     """Grows the batch where a window's gradient is shorter than its standard error allows.
 
     With the window's ``S = tr(Sigma)^``::
@@ -70,7 +71,7 @@ class NormTest:
 
 
 @dataclass(frozen=True)
-class InnerProductTest:
+class InnerProductTest(Composable):
     """Grows the batch where the examples' gradients disagree about the step's direction, along it or across it.
 
     With ``Q``, ``|g|^2`` and the radial ``R = sum_c w_c <g_c, g>^2 / |g|^2`` of a window of ``K`` cells::
@@ -129,7 +130,7 @@ class InnerProductTest:
 
 
 @dataclass(frozen=True)
-class CosineSimilarity:
+class CosineSimilarity(Composable):
     """Moves the batch by a tenth every window so that the gradients of its two halves agree to ``target``.
 
     Averaged over all ways to halve the window, numerator and denominator of the cosine between the halves are

@@ -1,8 +1,8 @@
 """The data sets of the studies: local first, verified at load, ready to train on; nothing is downloaded unasked.
 
 Adding one is adding a :class:`Source` to :data:`SOURCES`. Files are looked for in the folder that is given, in this one
-(MNIST and Shuttle travel with the repository), in ``$ADAPTBATCH_DATA``, where Debian puts them, and in the user's
-cache, into which :func:`fetch` downloads on request.
+(MNIST, Shuttle and a text travel with the repository), in ``$ADAPTBATCH_DATA``, where Debian puts them, and in the
+user's cache, into which :func:`fetch` downloads on request.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from studies.data.text import Text, read_verses
 
 FOLDER = Path(__file__).parent
 # Of the test set, in the origin's table.
@@ -83,7 +86,7 @@ class Source:
         files: In the order in which ``read`` takes them; none for data that come with a package.
         origin: Whose data they are and where the files come from.
         licence: Under which terms they are passed on.
-        read: From the verified bytes to inputs and labels, train then test.
+        read: From the verified bytes to inputs and labels, train then test; of a text, to its characters.
         folders: Where a system's packages put the files.
         install: What brings the files, for the error message.
     """
@@ -91,7 +94,7 @@ class Source:
     files: tuple[File, ...]
     origin: str
     licence: str
-    read: Callable[[str, Sequence[bytes]], Dataset]
+    read: Callable[[str, Sequence[bytes]], Any]
     folders: tuple[str, ...] = ()
     install: str = ""
 
@@ -198,16 +201,26 @@ SOURCES: dict[str, Source] = {
         licence="CC BY 4.0",
         read=read_digits,
     ),
+    "kjv": Source(
+        files=(File("kjv.txt.xz", "5ad9286f43d021be1ac1fc076989b0ab72bec9793035b6df1dc4c9f8f2f7aecb"),),
+        origin="the King James Version of 1611, as Debian's bible-kjv 4.38 prints it: bible -f -l9999 gen1:1-rev22:21",
+        licence="public domain",
+        read=lambda name, files: read_verses(files),
+        install="restore it with `git checkout -- studies/data/kjv.txt.xz`",
+    ),
 }
 
 
 @functools.lru_cache(maxsize=2)
-def load(name: str, folder: Path | None = None) -> Dataset:
+def load(name: str, folder: Path | None = None) -> Any:
     """Load a data set after checking the SHA-256 of what it is read from.
 
     Args:
         name: A key of :data:`SOURCES`.
         folder: Where alone to look; None: this folder, ``$ADAPTBATCH_DATA``, the system's, the user's cache.
+
+    Returns:
+        A :class:`Dataset`; of a text, a :class:`.Text`.
 
     Raises:
         ValueError: If the name is unknown.
@@ -275,6 +288,18 @@ def fetch(name: str) -> Path:
     return _cache() / name
 
 
+def text(name: str) -> Text:
+    """Load a text, as :func:`load` does.
+
+    Example:
+        >>> found = text("kjv")
+        >>> len(found.vocabulary), "".join(found.vocabulary[index] for index in found.train[:16])
+        (63, 'In the beginning')
+    """
+    found: Text = load(name)
+    return found
+
+
 @functools.lru_cache(maxsize=2)
 def split(name: str, anomaly: int | None) -> Split:
     """A data set as anomaly detection: one class is the anomaly and is not trained on.
@@ -294,7 +319,7 @@ def split(name: str, anomaly: int | None) -> Split:
         >>> len(parts.train), len(parts.validation), round(float(parts.anomalous.mean()), 2)
         (54077, 9020, 0.35)
     """
-    found = load(name)
+    found: Dataset = load(name)
     if anomaly is None:
         test = found.test_inputs
         return Split(found.train_inputs, test, test, np.zeros(len(test), bool))
