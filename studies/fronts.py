@@ -129,7 +129,8 @@ def _ratios(spent: np.ndarray, ended: np.ndarray, fixed: np.ndarray) -> np.ndarr
         else:
             theirs = front.updates_at(loss)
             rows.append((u / theirs if theirs else np.inf, loss / front.loss_at(u), float(not front.holds(loss))))
-    return np.array(rows)
+    # An arm that is a fixed batch itself is at 1, not at its rounding.
+    return np.round(rows, 6)
 
 
 def is_live(runs: pd.DataFrame) -> pd.Series:

@@ -1,7 +1,7 @@
 """The main study, with a controller that acts: how many updates does it save at equal examples and equal loss?
 
-In :mod:`studies.comparison` the micro-batch was 64 and the noise scale 50 to 130 examples, so that the rule stood at its
-smallest window. Here the micro-batch is 16, and a closed-loop run counts as *live* only if its ``k`` changed and fewer
+In :mod:`studies.comparison` the micro-batch was 64 and the noise scale 50 to 130 examples, so that the rule stood at
+its smallest window. Here the micro-batch is 16, and a closed-loop run counts as *live* only if its ``k`` changed and fewer
 than half of its windows stood at a limit; how many did not is reported beside every ratio.
 
 All runs of a task see 128,000 examples. An arm is compared with the frontier of the fixed batches 16 to 1024, each with
@@ -13,11 +13,11 @@ Fixed batches are computed in passes of at most 128 examples: the same examples 
 *Untuned* arms take the rate that was tuned for the batch they start from, two micro-batches (with ghost norms: one), at
 which their coupling, if they have one, is 1.
 
-Registered before its runs (pilots on up to three other seeds are in the changelog of ideas, not in the results):
+Registered before its runs, after pilots of one to three seeds that are not among the results:
 
 * V1 (primary): ``theta 0.7, root``, untuned, needs fewer updates than the frontier: the ratio's interval is below 1, on
   the calm network and MNIST, with a rate that decays linearly to zero. The same is asked of ``theta 1, root``.
-* V2: ``pareto 128, root`` and ``pareto 1024, root`` (prices of 4 and 32 times the starting batch), untuned: ratio below 1.
+* V2: ``pareto 128, root`` and ``pareto 1024, root`` (prices of 4 and 32 times the starting batch), untuned: below 1.
 * V3: under a decaying rate a batch that grows without a coupling anneals twice: for each rule the loss ratio with the
   root coupling is below the one without, seed by seed.
 * V4: at equal trials (``..., tuned``): ratio below 1.

@@ -11,13 +11,13 @@ Arms and comparison are those of :mod:`studies.live`: the *updates ratio* to the
 examples and equal loss. No batch of an adaptive arm is tuned: it starts at two micro-batches, 512 characters, at the
 rate that was tuned for a fixed 512, and its rate follows the root of its batch.
 
-Registered before its runs:
+Registered before its runs, after pilots of one or two seeds that are not among the results:
 
-* L1 (primary): ``theta 0.7, root``, the same as V1's in :mod:`studies.live`, has an updates ratio below 1, at 1 and at 4
-  million characters, pre-LN. The same is asked of ``pareto 2048, root`` (four times the starting batch).
+* L1 (primary): ``theta 0.7, root``, the same as V1's in :mod:`studies.live`, has an updates ratio below 1, at 1 and at
+  4 million characters, pre-LN. The same is asked of ``pareto 2048, root`` (four times the starting batch).
 * L2: the ratio falls as the budget grows: that at 4 million over that at 1 million is below 1, for each of these two.
-* L3: warm-up. (a) The relative noise ``B / n`` over the first 50,000 characters is larger for post-LN than for pre-LN at
-  the same batch and rate. (b) Over a grid of seven rates (three seeds), without a learning-rate warm-up, on post-LN: a
+* L3: warm-up. (a) The relative noise ``B / n`` over the first 50,000 characters is larger for post-LN than for pre-LN
+  at the same batch and rate. (b) Over a grid of seven rates (three seeds), without a learning-rate warm-up, on post-LN: a
   batch that is large for the first 100,000 characters (4,096, then 512), and one that :class:`adaptbatch.StandardError`
   opens large, end at a mean loss within 1 % of what the warm-up gives at its best rate, and do so over as many rates.
 * L4: ``theta 0.7, root`` and ``pareto 2048, root`` are within 3 % of the loss that the frontier has at their updates.
@@ -203,7 +203,7 @@ def _run(stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch:
 
 
 def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
-    """L3: what opens gently, over three decades of rates: the rate, the batch by the clock, the batch by measurement."""
+    """L3: what opens gently, over three decades of rates: the rate, the batch by the clock or by measurement."""
     small, large = ab.Fixed(START // MICRO_BATCH), 4096 // MICRO_BATCH
     opening = ab.Schedule((0.0, WARMUP * scale.million / 1e6), (large, START // MICRO_BATCH))
     ways: dict[str, Callable[[float], Arm]] = {
