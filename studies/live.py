@@ -1,8 +1,8 @@
 """The main study, with a controller that acts: how many updates does it save at equal examples and equal loss?
 
 In :mod:`studies.comparison` the micro-batch was 64 and the noise scale 50 to 130 examples, so that the rule stood at
-its smallest window. Here the micro-batch is 16, and a closed-loop run counts as *live* only if its ``k`` changed and fewer
-than half of its windows stood at a limit; how many did not is reported beside every ratio.
+its smallest window. Here the micro-batch is 16, and a closed-loop run counts as *live* only if its ``k`` changed and
+fewer than half of its windows stood at a limit; how many did not is reported beside every ratio.
 
 All runs of a task see 128,000 examples. An arm is compared with the frontier of the fixed batches 16 to 1024, each with
 its own tuned rate (:mod:`studies.fronts`): the ratio of its updates to those that a fixed batch needs for the same

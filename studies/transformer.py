@@ -17,9 +17,10 @@ Registered before its runs, after pilots of one or two seeds that are not among 
   4 million characters, pre-LN. The same is asked of ``pareto 2048, root`` (four times the starting batch).
 * L2: the ratio falls as the budget grows: that at 4 million over that at 1 million is below 1, for each of these two.
 * L3: warm-up. (a) The relative noise ``B / n`` over the first 50,000 characters is larger for post-LN than for pre-LN
-  at the same batch and rate. (b) Over a grid of seven rates (three seeds), without a learning-rate warm-up, on post-LN: a
-  batch that is large for the first 100,000 characters (4,096, then 512), and one that :class:`adaptbatch.StandardError`
-  opens large, end at a mean loss within 1 % of what the warm-up gives at its best rate, and do so over as many rates.
+  at the same batch and rate. (b) Over a grid of seven rates (three seeds), without a learning-rate warm-up, on
+  post-LN: a batch that is large for the first 100,000 characters (4,096, then 512), and one that
+  :class:`adaptbatch.StandardError` opens large, end at a mean loss within 1 % of what the warm-up gives at its best
+  rate, and do so over as many rates.
 * L4: ``theta 0.7, root`` and ``pareto 2048, root`` are within 3 % of the loss that the frontier has at their updates.
 
 Plan, on one core: 1 million, pre-LN and post-LN, 0.8 hours each; 4 million pre-LN 2.5; warm-up 0.7; 16 million 1.5.
