@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 
 Check = Callable[[str, Any], None]
 
@@ -69,6 +69,9 @@ def _require_whole_window(window: Mapping[str, Any] | None, sensor: Mapping[str,
             _refuse(f"state['sensor']['kept'][{name!r}]", expected, kept)
     if window is None:
         return
+    if window["due"] != ("batch" in window["measured"]):
+        expected = "hold 'batch' where state['window']['due'] is True, and only there"
+        _refuse("state['window']['measured']", expected, sorted(window["measured"]))
     if window["all_cells"] != cells:
         _refuse("state['window']['all_cells']", f"be state['window']['cells'] = {cells!r}", window["all_cells"])
     if window["largest"] > window["weight"]:
@@ -207,6 +210,19 @@ _FLAG = _a(bool, "be True or False")
 _TEXT = _a(str, "be a text")
 _SCALAR, _GRADIENTS = _tensor(scalar=True), _each(_none_or(_tensor(scalar=False)))
 
+
+
+def _require_measured(name: str, value: Any) -> None:
+    """Scalars by the names of what a window may measure."""
+    if not isinstance(value, Mapping):
+        _refuse(name, "be a mapping", value)
+    for key, scalar in value.items():
+        if key not in _MEASURED:
+            _refuse(name, f"have keys of {sorted(_MEASURED)}", key)
+        _SCALAR(f"{name}[{key!r}]", scalar)
+
+
+_MEASURED = {"batch", "metric_batch", "radial_sq_norms", "consecutive_product", "rank_sq_norms", "suspect"}
 _MOMENTS = _keys(
     weight=_SUM,
     weight_sq=_SUM,
@@ -293,6 +309,7 @@ _STATE = _keys(
             metric_weighted=_none_or(_SCALAR),
             loss_sum=_SCALAR,
             scale=_none_or(_SCALAR),
+            measured=_require_measured,
         )
     ),
     sensor=_keys(

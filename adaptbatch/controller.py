@@ -1,4 +1,4 @@
-"""The companion of a training loop: hears the micro-batches, normalises, steps, records and sizes the next window."""
+"""The companion of a training loop: observes micro-batches, makes their mean, steps, records, sizes the next window."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class BatchController:
     """Chooses the accumulation steps of every window from the measured gradient noise.
 
     It wraps nothing: model, optimizer and loader stay what they are. Between two optimizer steps, a *window*, it takes
-    ``k`` micro-batches of any sizes, and ``.grad`` becomes exactly the weighted mean over the window's examples, for
-    every ``k``. The next ``k`` is decided by ``rule`` from finished windows only.
+    ``k`` micro-batches of any sizes. As soon as it has them, ``.grad`` is exactly the weighted mean over its examples,
+    for every ``k``, unscaled and on all ranks: clip it as in any loop, then :meth:`step`. The next ``k`` is decided by ``rule`` from finished windows only.
 
     Args:
         model: The module being trained: plain, wrapped in DistributedDataParallel, given to ``fully_shard`` (FSDP2),
@@ -70,8 +70,8 @@ class BatchController:
             is the target (finite-population correction); in the unit of the weights. None: unlimited.
         ghost: Measure every example on its own, so that one micro-batch holds evidence and ``k`` may be 1; for models
             of the layers that :class:`~adaptbatch.ghost.GhostProbe` knows. ``weight`` is then the number of examples.
-        scaler: The loop's ``torch.amp.GradScaler``: :meth:`backward` scales, statistics and ``.grad`` are unscaled in
-            :meth:`normalize_`, :meth:`step` steps through it and updates it.
+        scaler: The loop's ``torch.amp.GradScaler``: :meth:`backward` scales, statistics and the due window's ``.grad``
+            are unscaled, :meth:`step` steps through it and updates it.
         process_group: The ranks that share each step; None: DDP's own, or the default group.
         sync: With several ranks, synchronise gradients in a window's ``"last"`` micro-batch or in ``"every"`` one.
         learning_rate: Couples the learning rate, ``beta2`` or the second moment to the batch for the time of each
@@ -165,7 +165,6 @@ class BatchController:
             pending=lambda: self._window.cells,
         )
         self._restored: Mapping[str, Any] | None = None
-        self._clippable = False
         self._trainer_steps = False
         # The index of the window in the history's first row.
         self._first_row = 0
@@ -248,8 +247,22 @@ class BatchController:
 
     @property
     def step_due(self) -> bool:
-        """Whether the window has all its micro-batches and :meth:`step` is the next call."""
+        """Whether the window has all its micro-batches: ``.grad`` is their mean, to be clipped, and stepped on."""
+        if self._window.due:
+            # Of a window that was loaded, before somebody clips it.
+            self._restore()
         return self._window.due
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the due window's mean gradient before clipping, on all ranks: a scalar that is not read.
+
+        Raises:
+            RuntimeError: If no step is due.
+        """
+        self._require_due("grad_norm")
+        assert self._window.norms.batch is not None
+        return self._window.norms.batch.sqrt()
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -296,7 +309,9 @@ class BatchController:
             yield
 
     def backward(self, loss: Tensor, weight: float) -> None:
-        """Back-propagate one micro-batch and hear its gradient.
+        """Back-propagate one micro-batch and measure its gradient; the window's last makes ``.grad`` the mean.
+
+        On several ranks that is where the window's one all-reduce is.
 
         Args:
             loss: Mean loss over the micro-batch; a scalar with a graph.
@@ -305,26 +320,28 @@ class BatchController:
         Raises:
             ValueError: If ``loss`` or ``weight`` is not of that kind.
             RuntimeError: If a step is due, the micro-batch had its backward, gradients are left from before the
-                window, the optimizer does not hold the model's parameters, or no gradient arrived. After an error
-                within the backward pass the window's gradients are incomplete: :meth:`discard_window`.
+                window, the optimizer does not hold the model's parameters, no gradient arrived, or ranks disagree or
+                died. After an error within the backward pass the window's gradients are incomplete:
+                :meth:`discard_window`.
         """
-        with self._hearing(loss, weight) as weighted:
+        with self._observing(loss, weight, unscales=True) as weighted:
             self._stepper.scaled(weighted, self._window.scale).backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def hear(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
+    def observe(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
         """:meth:`backward` for a trainer that has a call of its own: back-propagate what this yields, once, inside.
 
-        A ``scaler`` is left to that call. Arguments and errors are those of :meth:`backward`.
+        A ``scaler`` is left to that call: the mean in ``.grad`` keeps the loss scale until the trainer takes it out.
+        Arguments and errors are those of :meth:`backward`.
         """
         self.expect_trainer()
         if self._window.cells:
             self._stepper.require_scale()
-        with self._hearing(loss, weight) as weighted:
+        with self._observing(loss, weight, unscales=False) as weighted:
             yield weighted
 
     @contextmanager
-    def _hearing(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
+    def _observing(self, loss: Tensor, weight: float, unscales: bool) -> Iterator[Tensor]:
         self._require_open()
         weight = checked_weight(weight)
         require_scalar_loss(loss)
@@ -338,6 +355,7 @@ class BatchController:
         self._restore()
         if self._window.cells == 0:
             self._open_window(loss, weight)
+            self._window.unscales = unscales
         else:
             self._sensor.follow(self._window)
             # DDP may lay out its buckets anew between two backward passes.
@@ -351,38 +369,62 @@ class BatchController:
         sums = local and closes and self._loop.progress.window % SHARDS_EVERY == 0
         window.synced = self._ranks.synchronises(closes)
         synchronises = self._ranks.several and window.synced
-        with self._sensor.hearing(window, loss, weight, sums=sums, synchronises=synchronises) as weighted:
+        with self._sensor.observing(window, loss, weight, sums=sums, synchronises=synchronises) as weighted:
             yield weighted
         self._guard_window()
         self._backward_passes += 1
         if self._stream.used is not None:
             self._stream.used = True
         window.ended = self._stream.last
-        window.due = window.ended or window.cells >= self.accumulation_steps
+        if window.ended or window.cells >= self.accumulation_steps:
+            self._complete()
+
+    def _complete(self) -> None:
+        """The window has all its micro-batches: make ``.grad`` their mean, and measure it."""
+        window = self._window
+        window.broken = True
+        if window.unscales:
+            self._stepper.unscale_(window.scale)
+        else:
+            self._stepper.require_scale()
+        note = self._note() if self._ranks.several else {}
+        self._shared = self._sensor.complete(window, note)
+        if self._ranks.several:
+            require_agreement(self._ranks, note, self._shared)
+            if self._shared["more"] < self._ranks.world_size:
+                self._stream.end()
+        self._stepper.gate.refuses, self._stepper.gate.passed = None, 0
+        window.broken, window.due = False, True
 
     def expect_trainer(self) -> None:
         """A trainer steps the optimizer itself, told by :meth:`record_step`: its steps are not refused within a window.
 
-        :meth:`hear` says the same; a trainer whose first step may come before it calls this.
+        :meth:`observe` says the same; a trainer whose first step may come before it calls this.
         """
         self._trainer_steps = True
         self._stepper.gate.refuses = None
 
     def close_window(self) -> None:
-        """End the window with the micro-batches it has: ``step_due`` is true afterwards, unless it has none.
+        """End the window with the micro-batches it has: a step is due afterwards, unless it has none.
 
         At the end of a hand-written loop, whose last window may be partial or just over.
 
         Raises:
-            RuntimeError: If the window's last backward pass failed, or did not synchronise the ranks.
+            RuntimeError: If the window's last backward pass failed, or did not synchronise the ranks, or its gradients
+                were changed.
         """
         self._require_whole()
-        if self._window.cells and not self._window.synced:
+        if self._window.due or not self._window.cells:
+            return
+        if not self._window.synced:
             raise RuntimeError(
                 "close_window() is too late on several ranks: the window's last micro-batch did not synchronise its "
                 "gradients; announce it with micro_batch(last=True), or iterate micro_batches(loader)."
             )
-        self._window.due = self._window.ended = self._window.cells > 0
+        self._restore()
+        self._sensor.require_untouched(self._window, "close_window()")
+        self._window.ended = True
+        self._complete()
 
     def discard_window(self) -> None:
         """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""
@@ -394,43 +436,6 @@ class BatchController:
         self._keep_within_limits()
         self._stream.forget()
 
-    def normalize_(self, *, unscale: bool = True) -> Tensor:
-        """Turn the accumulated gradients into the exact weighted mean, once; then is the time to clip.
-
-        With a ``scaler`` they are unscaled too. On several ranks this is where the window's one all-reduce is.
-
-        Args:
-            unscale: False leaves the loss scale in ``.grad``, for a trainer that unscales it later.
-
-        Returns:
-            The norm of that mean gradient, before clipping and without a loss scale, as a scalar tensor.
-
-        Raises:
-            RuntimeError: If no step is due, or ranks disagree or died.
-        """
-        self._require_due("normalize_()")
-        self._clippable = True
-        self._normalize(unscale)
-        assert self._window.norms.batch is not None
-        return self._window.norms.batch.sqrt()
-
-    def _normalize(self, unscale: bool = True) -> None:
-        self._restore()
-        if self._window.norms.batch is not None:
-            return
-        self._sensor.require_untouched(self._window, "normalize_()")
-        if unscale:
-            self._stepper.unscale_(self._window.scale)
-        else:
-            self._stepper.require_scale()
-        note = self._note() if self._ranks.several else {}
-        self._shared = self._sensor.normalize_(self._window, note, scaled=not unscale)
-        if self._ranks.several:
-            require_agreement(self._ranks, note, self._shared)
-            if self._shared["more"] < self._ranks.world_size:
-                self._stream.end()
-        self._stepper.gate.refuses, self._stepper.gate.passed = None, 0
-
     def _note(self) -> dict[str, float]:
         """What the ranks tell each other beside the sums: whether they go on, how long they took, that they agree."""
         k, decision = self.accumulation_steps, self._decision
@@ -439,17 +444,18 @@ class BatchController:
         return {name: float(value) for name, value in note.items()} | dict(zip(_SECONDS, self._seconds, strict=True))
 
     def step(self) -> Decision:
-        """Normalise if that is not done, take the optimizer step, clear the gradients, record, choose the next ``k``.
+        """Take the optimizer step, clear the gradients, record, choose the next ``k``.
 
         Returns:
             The decision for the next window.
 
         Raises:
-            RuntimeError: If no step is due.
+            RuntimeError: If no step is due, or ``.grad`` was emptied or added to since it was the window's mean.
         """
         self._require_due("step()")
-        self._normalize()
+        self._restore()
         self._require_not_stepped()
+        self._measure_applied()
         began = time.perf_counter()
         window = self._finished()
         skipped = self._skips(window)
@@ -460,7 +466,7 @@ class BatchController:
         return self._finish(window, applied, skipped, began)
 
     def withhold_nonfinite(self) -> bool:
-        """Empty ``.grad`` of a normalised window that is not finite, for a trainer that steps all the same.
+        """Empty ``.grad`` of a due window that is not finite, for a trainer that steps all the same.
 
         Optimizers leave a parameter without a gradient alone, its state included. Reads the host.
 
@@ -472,7 +478,8 @@ class BatchController:
         """
         self._require_due("withhold_nonfinite()")
         batch = self._window.norms.batch
-        if batch is None or math.isfinite(batch.item()):
+        assert batch is not None
+        if math.isfinite(batch.item()):
             return False
         withheld = not self._ranks.everyone(all_gradients_finite(self._sensor.parameters))
         if withheld:
@@ -486,13 +493,9 @@ class BatchController:
             skipped: Whether the trainer left the step out.
 
         Raises:
-            RuntimeError: If no step is due, or :meth:`normalize_` was not called before the trainer's step.
+            RuntimeError: If no step is due.
         """
         self._require_due("record_step()")
-        if self._window.norms.batch is None:
-            raise RuntimeError("record_step() needs normalize_() before the optimizer's step: .grad was not the mean.")
-        # Whatever the trainer clipped is gone with the gradients.
-        self._clippable = False
         self._clear_gradients()
         return self._finish(self._finished(), UNTOUCHED, skipped, time.perf_counter())
 
@@ -506,11 +509,14 @@ class BatchController:
         for p in self._sensor.parameters:
             p.grad = None
 
+    def _measure_applied(self) -> None:
+        """The norm after clipping, where somebody wrote to ``.grad`` since the window is due."""
+        applied = self._sensor.applied_sq_norm(self._window)
+        if applied is not None:
+            self._window.extra["applied_sq_norm"] = applied
+
     def _finished(self) -> FinishedWindow:
-        """The due window's numbers; with the norm after clipping where there was time to clip."""
-        if self._clippable:
-            self._window.extra["applied_sq_norm"] = self._sensor.applied_sq_norm()
-        self._clippable = False
+        """The due window's numbers."""
         window = self._window.finished(self.optimizer.param_groups[0]["lr"])
         window.steps = window.cells if window.all_cells == self.accumulation_steps * self._ranks.world_size else 0
         return window
@@ -542,7 +548,6 @@ class BatchController:
             RuntimeError: If no step is due, examples are not measured, or the window has several micro-batches.
         """
         self._require_due("layer_noise()")
-        self._normalize()
         population = self._loop.progress.population
         parts = self._sensor.layer_measurements(self._window)
         return {name: noise.estimate(part, population) for name, part in parts.items()}
@@ -699,7 +704,8 @@ class BatchController:
     def state_dict(self) -> dict[str, Any]:
         """Everything the next decision depends on, in plain ints, floats, lists and tensors, between any micro-batches.
 
-        Within a window it holds copies of the gradients so far. History rows are not in it (``history.to_parquet()``
+        Within a window it holds copies of the gradients so far, in a due one of their mean: the loop that loads it asks
+        :attr:`step_due` first. History rows are not in it (``history.to_parquet()``
         keeps them); their numbering goes on after a load.
 
         ``torch.distributed.checkpoint`` saves any of these states, and loads in place those whose keys the controller
@@ -710,14 +716,14 @@ class BatchController:
             controller.load_state_dict(torch.load("whole.pt")["controller"])
 
         Raises:
-            RuntimeError: Between :meth:`normalize_` and :meth:`step`, after a failed backward pass, or within a window
-                of several ranks.
+            RuntimeError: After a failed backward pass, within a window of several ranks, or in a due window with a
+                ``scaler``, whose own state does not say that these gradients are unscaled.
         """
         self._require_resumable("state_dict()")
         if self._window.cells:
             self._require_open()
         self._restore()
-        if self._window.cells:
+        if self._window.cells and not self._window.due:
             self._sensor.require_untouched(self._window, "state_dict()")
         return {
             "version": STATE_VERSION,
@@ -775,7 +781,7 @@ class BatchController:
         self._window = OpenWindow() if window is None else OpenWindow.from_state_dict(window, device)
         self._restored = state["sensor"]
         self._late = None if late is None else FinishedWindow.from_state_dict(late)
-        if window is not None:
+        if window is not None and not window["due"]:
             self._guard_window()
         self._cut_history(progress.window)
         self._keep_within_limits()
@@ -803,7 +809,7 @@ class BatchController:
             )
         if self._stepper.gate.passed:
             raise RuntimeError(
-                "the optimizer has stepped since normalize_(), and step() would apply the update twice: leave "
+                "the optimizer has stepped since the window is due, and step() would apply the update twice: leave "
                 "optimizer.step() to the controller, or call record_step() in a loop that steps itself."
             )
 
@@ -835,8 +841,11 @@ class BatchController:
 
     def _require_resumable(self, call: str) -> None:
         self._require_whole()
-        if self._window.norms.batch is not None:
-            raise RuntimeError(f"{call} is too late between normalize_() and step(); call it before, or after step().")
+        if self._window.due and (self._window.scale is not None or self._trainer_steps):
+            raise RuntimeError(
+                f"{call} is too late in a due window whose loss scale somebody keeps account of (a GradScaler, a "
+                f"trainer): call it before the window's last backward(), or after step()."
+            )
         if self._ranks.several and self._window.cells:
             raise RuntimeError(
                 f"{call} is for between windows on several ranks, got one with {self._window.cells} of "
@@ -857,12 +866,12 @@ _STEP_WITHIN = (
 _SUSPECT = (
     "the window's gradients are not those that were measured: something adds to .grad or changes it beside the losses "
     "(zero_grad(), clipping or a write through .data within the window, a hook on accumulated gradients). Leave it "
-    "out, or do it between normalize_() and step(); discard_window() goes on without this window."
+    "out, or do it once step_due is true; discard_window() goes on without this window."
 )
 _INCONSISTENT = (
     "the window's mean gradient is longer than its micro-batches' gradients allow: something adds to .grad or changes "
-    "it beside the losses that were measured (another loss, a penalty, a hook). Put it into the loss, or between "
-    "normalize_() and step(); discard_window() goes on without this window."
+    "it beside the losses that were measured (another loss, a penalty, a hook). Put it into the loss, or change "
+    ".grad once step_due is true; discard_window() goes on without this window."
 )
 _NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
 _SECONDS = ("step_seconds", "seconds")

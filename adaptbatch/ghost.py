@@ -125,6 +125,15 @@ class GhostProbe:
         """Whether no gradient arrived in the last backward pass."""
         return not self._record.examples
 
+    @property
+    def elsewhere(self) -> bool:
+        """Set where a gradient was computed in a pass that is not listened to."""
+        return self._record.elsewhere
+
+    @elsewhere.setter
+    def elsewhere(self, value: bool) -> None:
+        self._record.elsewhere = value
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen to one backward pass; forget what an earlier one left behind."""
@@ -275,6 +284,7 @@ class _Call:
     def __call__(self, delta: Tensor | None) -> None:
         # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only. A gradient
         # of None is a zero that autograd did not spell out.
+        self._layer.record.elsewhere |= not self._layer.record.open
         if not self._layer.record.open or not self._layer.counted or delta is None:
             return
         x, self._x = self._x, None
@@ -291,6 +301,7 @@ class _Record:
 
     def __init__(self) -> None:
         self.open = False
+        self.elsewhere = False
         self.examples = 0
         self.check: _Check | None = None
         self.turn = 0

@@ -31,6 +31,10 @@ _Kind = tuple[torch.device, torch.dtype]
 class GradientProbe:
     """Squared norms of micro-batch gradients, from one hook on each trainable parameter of an optimizer.
 
+    Attributes:
+        parameters: Those that are hooked.
+        elsewhere: Set where a gradient was computed in a pass that is not listened to.
+
     Example:
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> probe = GradientProbe()
@@ -44,6 +48,7 @@ class GradientProbe:
 
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []
+        self.elsewhere = False
         self._in_model: set[int] = set()
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
@@ -155,6 +160,7 @@ class GradientProbe:
 
         def hear(grad: Tensor) -> None:
             # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
+            self.elsewhere |= not self._open
             if self._open:
                 heard(index)
                 # With create_graph=True it would record what is measured.

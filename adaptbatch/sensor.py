@@ -23,6 +23,7 @@ from adaptbatch.probe import (
     batch_gradient_sq_norm,
     divide_gradients_,
     gradient_norm,
+    gradient_stamps,
 )
 from adaptbatch.records import Measurement
 from adaptbatch.seal import GradientSeal, checks_all, rounding
@@ -54,9 +55,9 @@ class Sensor:
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)
         >>> sensor = Sensor(nn.ParameterList([weight]), optimizer)
         >>> window = sensor.open_window(1.0, Adjustment())
-        >>> with sensor.hearing(window, weight.square().sum() / 2, weight=1.0) as weighted:
+        >>> with sensor.observing(window, weight.square().sum() / 2, weight=1.0) as weighted:
         ...     weighted.backward()
-        >>> _ = sensor.normalize_(window)
+        >>> _ = sensor.complete(window)
         >>> window.norms.batch.item(), window.norms.weighted.item()
         (25.0, 25.0)
         >>> sensor.close()
@@ -112,6 +113,7 @@ class Sensor:
         self._seal = GradientSeal()
         self._turn = 0
         self._checks_first = True
+        self._mean_stamps: list[tuple[int, int] | None] = []
         self.attach()
         # Only a device is worth sparing a read.
         self.reads_now = self._probe.parameters[0].device.type == "cpu"
@@ -211,10 +213,10 @@ class Sensor:
         return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
 
     @contextmanager
-    def hearing(
+    def observing(
         self, window: OpenWindow, loss: Tensor, weight: float, *, sums: bool = False, synchronises: bool = False
     ) -> Iterator[Tensor]:
-        """Hear one backward pass through the loss it yields, which adds to ``window``, broken if that fails.
+        """Measure one backward pass through the loss it yields, which adds to ``window``, broken if that fails.
 
         Args:
             window: Open.
@@ -310,20 +312,18 @@ class Sensor:
             raise RuntimeError(message)
         self._suspect(window, self._seal.rewritten(), message)
 
-    def normalize_(
-        self, window: OpenWindow, note: Mapping[str, float] | None = None, *, scaled: bool = False
-    ) -> dict[str, float]:
+    def complete(self, window: OpenWindow, note: Mapping[str, float] | None = None) -> dict[str, float]:
         """Make ``.grad`` the exact mean of ``window`` over all ranks, and measure it.
 
         Args:
-            window: Whole.
+            window: With all its micro-batches; unless it ``unscales``, ``.grad`` has its loss scale and keeps it.
             note: Numbers to be summed over the ranks in the same all-reduce.
-            scaled: Whether ``.grad`` still has the window's loss scale, and keeps it.
 
         Returns:
             The sums of ``note``.
         """
         parameters, note = self.parameters, dict(note or {})
+        scaled = not window.unscales
         if isinstance(self._probe, GradientProbe):
             self._probe.require_all_heard()
         window.norms.batch = self._sq_norm()
@@ -342,7 +342,13 @@ class Sensor:
         window.divide(divisor)
         if self._previous is not None:
             self._previous.keep(parameters, window.scale if scaled and window.scale is not None else 1.0)
+        self._mark_mean()
         return note
+
+    def _mark_mean(self) -> None:
+        """``.grad`` is the mean now; what changes it from here on is clipping, or wrong."""
+        self._mean_stamps = gradient_stamps(self.parameters)
+        self._probe.elsewhere = False
 
     def _unscale(self, window: OpenWindow, scaled: bool) -> None:
         """Take the loss scale out of all that was heard, and out of what was measured now if ``.grad`` has it."""
@@ -357,10 +363,27 @@ class Sensor:
             if name in window.extra and (power == 2 or scaled):
                 window.extra[name] = window.extra[name] / window.scale.double() ** power
 
-    def applied_sq_norm(self) -> Tensor:
-        """``|g|^2`` of what is in ``.grad`` now, on all ranks."""
+    def applied_sq_norm(self, window: OpenWindow) -> Tensor | None:
+        """``|g|^2`` of what is in ``.grad`` now, on all ranks; None where nothing wrote to it since it is the mean.
+
+        Raises:
+            RuntimeError: If it was emptied, or another backward pass added to it.
+        """
+        now = gradient_stamps(self.parameters)
+        if now == self._mean_stamps:
+            return None
+        if any(after is None and before is not None for before, after in zip(self._mean_stamps, now, strict=False)):
+            raise RuntimeError(_EMPTIED)
+        if self._probe.elsewhere:
+            raise RuntimeError(_ADDED)
         own = self._sq_norm()
-        return own.new_tensor(self._ranks.sum({"own": own})["own"]) if self._ranks.several else own
+        if self._ranks.sharded:
+            return own.new_tensor(self._ranks.sum({"own": own})["own"])
+        # All ranks hold the same mean.
+        own = own * self._ranks.world_size
+        assert window.norms.batch is not None
+        self._suspect(window, (own == 0.0) & (window.norms.batch.to(own) > 0.0), _EMPTIED)
+        return own
 
     def _sq_norm(self, scales: Sequence[Tensor] | None = None) -> Tensor:
         """This rank's part of ``|.grad|^2``; the parts sum up to it over the ranks."""
@@ -439,6 +462,8 @@ class Sensor:
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
         self._close_seal()
+        if window.due:
+            self._mark_mean()
         if self._kept is not None:
             self._kept = self._kept_from(state["kept"])
         previous = state["previous"] or ()
@@ -466,14 +491,22 @@ class Sensor:
 
 _TOUCHED = (
     "found gradients that were changed within the window, by zero_grad(), unscale_(), clipping, a write through .data "
-    "or another backward pass: its mean and its noise would be wrong. step() clears gradients and normalize_() "
-    "unscales them, clipping goes between the two, and other losses are kept off these parameters by "
-    "requires_grad_(False). discard_window() goes on without this window."
+    "or another backward pass: its mean and its noise would be wrong. The controller unscales and clears gradients, "
+    "clipping waits until step_due is true, and other losses are kept off these parameters by requires_grad_(False). "
+    "discard_window() goes on without this window."
 )
 _MISMATCH = (
     "the gradient that arrived in .grad is not the one that was measured: something changes it in between, such as a "
     "hook of register_post_accumulate_grad_hook or one that registers itself in each pass. Change gradients in a hook "
-    "of Tensor.register_hook, which is measured, or between normalize_() and step(); discard_window() goes on."
+    "of Tensor.register_hook, which is measured, or once step_due is true; discard_window() goes on."
+)
+_EMPTIED = (
+    "the due window's gradients are gone, by zero_grad() or as after a step of somebody else: step() would train "
+    "nothing. The controller clears gradients itself; discard_window() goes on without this window."
+)
+_ADDED = (
+    "another backward pass added to the due window's mean: the update would be of another loss. Keep other losses off "
+    "these parameters by requires_grad_(False), or put them into the loss of backward(); discard_window() goes on."
 )
 
 

@@ -103,7 +103,7 @@ class Stepper:
             self._scaler.unscale_(self._optimizer)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the scaler refuses to unscale the window's gradients: {error} normalize_() unscales them; leave "
+                f"the scaler refuses to unscale the window's gradients: {error} The controller unscales them; leave "
                 f"scaler.unscale_(), scaler.step() and scaler.update() to the controller."
             ) from error
         self._looked, self._unscaled = self._stamp(), True

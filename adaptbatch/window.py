@@ -34,8 +34,8 @@ class OpenWindow:
     Each loss is back-propagated times ``weight / reference``: the weight of all micro-batches that are expected makes
     the accumulated gradient the mean already when they arrive, and keeps it near a mean's size when others do.
     ``cells`` counts this rank's micro-batches, ``all_cells`` those of all ranks, ``pieces`` what was measured on its
-    own: the micro-batches, or their examples. ``ended`` says that the data ended with it, ``stepped`` that its step has
-    begun. ``scale`` is a GradScaler's.
+    own: the micro-batches, or their examples. ``due`` says that ``.grad`` is its mean, ``ended`` that the data ended with
+    it, ``stepped`` that its step has begun. ``scale`` is a GradScaler's, ``unscales`` whether the mean is without it.
     ``extra`` holds what only some windows measure, by the name of its :class:`~adaptbatch.records.Measurement` field.
     """
 
@@ -50,6 +50,7 @@ class OpenWindow:
     broken: bool = False
     stepped: bool = False
     synced: bool = True
+    unscales: bool = True
     scale: Tensor | None = None
     norms: SquaredNorms = field(default_factory=SquaredNorms)
     in_metric: SquaredNorms | None = None
@@ -115,13 +116,15 @@ class OpenWindow:
         return {name: value for name, value in named.items() if value is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Its sums, before it is normalised; the gradients are the sensor's."""
+        """Its sums, and of a due one what was measured of the mean; the gradients are the sensor's."""
         in_metric = None if self.in_metric is None else self.in_metric.weighted
+        measured = {name: value for name, value in self._scalars().items() if name not in _SUMS}
         return {name: getattr(self, name) for name in _OPEN} | {
             "weighted": self.norms.weighted,
             "metric_weighted": in_metric,
             "loss_sum": self.loss_sum,
             "scale": self.scale,
+            "measured": measured,
         }
 
     @classmethod
@@ -130,7 +133,11 @@ class OpenWindow:
         sums = {name: None if state[name] is None else state[name].to(device) for name in _SUMS}
         window = cls(**{name: state[name] for name in _OPEN}, loss_sum=sums["loss_sum"], scale=sums["scale"])
         window.norms = SquaredNorms(sums["weighted"])
-        window.in_metric = None if sums["metric_weighted"] is None else SquaredNorms(sums["metric_weighted"])
+        measured = {name: value.to(device) for name, value in state["measured"].items()}
+        window.norms.batch = measured.pop("batch", None)
+        if sums["metric_weighted"] is not None:
+            window.in_metric = SquaredNorms(sums["metric_weighted"], measured.pop("metric_batch", None))
+        window.extra = measured
         return window
 
     def finished(self, lr: float | Tensor) -> FinishedWindow:

@@ -77,7 +77,6 @@ def adaptbatch(
             controller.backward(loss(x), weight=len(x))
             if controller.step_due:
                 if clips:
-                    controller.normalize_()
                     clip(model)
                 controller.step()
                 return

@@ -230,7 +230,6 @@ def train(
                 optimizer.param_groups[0]["lr"] = arm.learning_rate(seen)
                 at_limit = arm.rule.closed_loop and controller.accumulation_steps in bounds
                 if arm.clip is not None:
-                    controller.normalize_()
                     torch.nn.utils.clip_grad_norm_(problem.network.parameters(), arm.clip)
                 controller.step()
                 due = seen >= next_probe

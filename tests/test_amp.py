@@ -80,7 +80,7 @@ class TestScaler:
         controller = ab.BatchController(ours, sgd(ours), rule=ab.Fixed(2), scaler=scaler)
         for x in data:
             controller.backward(squared(ours, x), weight=len(x))
-        norm = controller.normalize_()
+        norm = controller.grad_norm
         nn.utils.clip_grad_norm_(ours.parameters(), 0.25)
         controller.step()
         optimizer = sgd(twin)
@@ -95,7 +95,7 @@ class TestScaler:
         assert row["applied_grad_norm"] == pytest.approx(0.25, rel=1e-4)
 
     def test_a_trainer_may_unscale_and_step_itself(self):
-        """The parts that integrations are made of: hear, normalize_ of scaled gradients, record_step."""
+        """The parts that integrations are made of: observe, a mean that keeps the loss scale, record_step."""
         data = batches([4, 6, 3, 5], dtype=torch.float32)
         ours, twin = small_model(dtype=torch.float32), small_model(dtype=torch.float32)
         scaler = GradScaler("cpu", init_scale=1024.0)
@@ -103,10 +103,9 @@ class TestScaler:
         options = {"rule": ab.Fixed(2), "phase": True}
         controller = ab.BatchController(ours, optimizer, scaler=scaler, **options)
         for x in data:
-            with controller.hear(squared(ours, x), weight=len(x)) as weighted:
+            with controller.observe(squared(ours, x), weight=len(x)) as weighted:
                 scaler.scale(weighted).backward()
             if controller.step_due:
-                controller.normalize_(unscale=False)
                 scaler.unscale_(optimizer)
                 scaler.step(optimizer)
                 scaler.update()
@@ -133,13 +132,6 @@ class TestScaler:
         rows = controller.history.to_pandas()
         assert rows["skipped"].to_numpy().nonzero()[0].tolist() == [20]
         assert scaler.get_scale() == 1024.0
-
-    def test_record_step_needs_the_mean(self):
-        model = small_model()
-        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1))
-        controller.backward(squared(model, batches([4])[0]), weight=4)
-        with pytest.raises(RuntimeError, match=r"record_step\(\) needs normalize_\(\) before the optimizer's step"):
-            controller.record_step()
 
     def test_a_disabled_scaler_changes_nothing(self):
         data = batches([4, 6, 3, 5], dtype=torch.float32)

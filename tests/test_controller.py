@@ -197,14 +197,13 @@ class TestExactness:
         for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
 
-    def test_clipping_between_normalize_and_step(self):
+    def test_a_due_window_is_clipped_as_in_any_loop(self):
         ours, twin = small_model(), small_model()
         data = batches([4, 2, 6])
         controller = ab.BatchController(ours, sgd(ours), rule=ab.Fixed(3))
         for x in data:
             controller.backward(squared(ours, x), weight=len(x))
-        norm = controller.normalize_()
-        assert torch.equal(controller.normalize_(), norm)
+        norm = controller.grad_norm
         assert float(nn.utils.clip_grad_norm_(ours.parameters(), 0.01)) == pytest.approx(float(norm), rel=1e-9)
         controller.step()
         optimizer = sgd(twin)
@@ -496,12 +495,43 @@ class TestState:
         with pytest.raises(RuntimeError, match=r"load_state_dict\(\) is for between windows, got one with 1 of 3"):
             controller.load_state_dict(state)
 
-    def test_refuses_to_save_what_is_normalized_already(self):
-        model = small_model()
-        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1))
-        controller.backward(squared(model, batches([4])[0]), weight=4)
-        controller.normalize_()
-        with pytest.raises(RuntimeError, match=r"state_dict\(\) is too late between normalize_\(\) and step\(\)"):
+    @pytest.mark.parametrize("phase", [False, True])
+    @pytest.mark.parametrize("clips", [False, True])
+    def test_a_due_window_goes_on_to_the_last_bit(self, phase, clips):
+        data, outcomes = batches([4, 4, 4, 4]), []
+        for resumes in (False, True):
+            model = small_model()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), phase=phase)
+            for x in data:
+                c.backward(squared(model, x), weight=4)
+                if c.step_due and resumes:
+                    states = copy.deepcopy([model.state_dict(), optimizer.state_dict(), c.state_dict()])
+                    c.discard_window()
+                    model = small_model(1)
+                    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+                    c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), phase=phase)
+                    c.load_state_dict(states[2])
+                    model.load_state_dict(states[0])
+                    optimizer.load_state_dict(states[1])
+                if c.step_due:
+                    if clips:
+                        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+                    c.step()
+            outcomes.append((*model.parameters(), c._loop.pooled, c.history.to_pandas().iloc[-1]))
+        *plain, pooled, row = outcomes[0]
+        *resumed, pooled_again, row_again = outcomes[1]
+        assert all(torch.equal(p, q) for p, q in zip(plain, resumed, strict=True))
+        assert pooled == pooled_again
+        for name in ("batch_grad_norm", "applied_grad_norm", "consecutive_product", "loss"):
+            assert row[name] == row_again[name] or (math.isnan(row[name]) and math.isnan(row_again[name]))
+
+    def test_refuses_to_save_a_due_window_with_a_scaler(self):
+        model = small_model(dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu")
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1), scaler=scaler)
+        controller.backward(squared(model, batches([4], dtype=torch.float32)[0]), weight=4)
+        with pytest.raises(RuntimeError, match=r"state_dict\(\) is too late in a due window whose loss scale"):
             controller.state_dict()
 
     def test_refuses_a_window_of_another_model(self):
@@ -810,7 +840,7 @@ def _foreign_gradient(c: ab.BatchController, x: Tensor) -> None:
 
 MISUSE = {
     "early step": (_early_step, RuntimeError, r"step\(\) is early: the window has 1 of 2 micro-batches; wait for"),
-    "early normalize": (lambda c, x: c.normalize_(), RuntimeError, r"normalize_\(\) is early: the window has 0 of 2"),
+    "early norm": (lambda c, x: c.grad_norm, RuntimeError, r"grad_norm is early: the window has 0 of 2"),
     "due backward": (_due_backward, RuntimeError, r"a step is due: call step\(\) before the next backward\(\)"),
     "two backwards": (_two_backwards, RuntimeError, r"one micro-batch takes one backward\(\): add its losses"),
     "nested scopes": (_nested, RuntimeError, r"micro_batch\(\) scopes must not be nested"),

@@ -52,20 +52,36 @@ class TestGradientsChangedWithinAWindow:
             c.backward(squared(c.model, second), weight=3)
 
     @pytest.mark.parametrize("change", CHANGES)
-    @pytest.mark.parametrize("call", ["normalize_", "step"])
-    def test_the_end_of_the_window_is_refused(self, change: Callable[[ab.BatchController], None], call: str):
-        c = controlled(steps=2)
+    def test_a_window_cannot_be_closed(self, change: Callable[[ab.BatchController], None]):
+        c = controlled(steps=3)
+        c.backward(squared(c.model, batches([3])[0]), weight=3)
+        change(c)
+        with pytest.raises(RuntimeError, match=r"close_window\(\) found gradients .*clipping waits until step_due"):
+            c.close_window()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (zero_gradients, r"gradients are gone.*discard_window\(\)"),
+            (zero_gradients_and_keep_them, r"gradients are gone.*discard_window\(\)"),
+            (another_loss, r"another backward pass added.*discard_window\(\)"),
+        ],
+    )
+    @pytest.mark.parametrize("ghost", [False, True])
+    def test_a_due_window_that_is_no_mean_any_more_is_refused(
+        self, change: Callable[[ab.BatchController], None], message: str, ghost: bool
+    ):
+        c = controlled(steps=2, ghost=ghost)
         before = copy.deepcopy(c.model.state_dict())
         for x in batches([3, 3]):
             c.backward(squared(c.model, x), weight=3)
         change(c)
-        with pytest.raises(RuntimeError, match=r"clipping goes between the two.*discard_window\(\)"):
-            getattr(c, call)()
+        with pytest.raises(RuntimeError, match=message):
+            c.step()
         assert all(torch.equal(before[name], value) for name, value in c.model.state_dict().items())
         c.discard_window()
         for x in batches([3, 3]):
             c.backward(squared(c.model, x), weight=3)
-        c.normalize_()
         clip(c)
         c.step()
         assert len(c.history) == 1
@@ -342,7 +358,6 @@ class TestScaler:
         c, x = self.loop()
         for _ in range(2):
             c.backward(squared(c.model, x), weight=3)
-            c.normalize_()
             c.discard_window()
         c.backward(squared(c.model, x), weight=3)
         c.step()
@@ -352,15 +367,15 @@ class TestScaler:
         c, x = self.loop()
         scaler = c._stepper._scaler
         assert scaler is not None
-        c.backward(squared(c.model, x) * float("inf"), weight=3)
-        c.normalize_(unscale=False)
+        with c.observe(squared(c.model, x) * float("inf"), weight=3) as weighted:
+            scaler.scale(weighted).backward()
         c.step()
         assert c.history.to_pandas()["skipped"].tolist() == [True]
         assert scaler.get_scale() == 512.0
 
     def test_unscaling_by_hand_is_refused(self):
-        c, x = self.loop()
+        c, x = self.loop(steps=2)
         c.backward(squared(c.model, x), weight=3)
         c._stepper._scaler.unscale_(c.optimizer)  # type: ignore[union-attr]
-        with pytest.raises(RuntimeError, match=r"changed within the window.*normalize_\(\) unscales them"):
-            c.normalize_()
+        with pytest.raises(RuntimeError, match=r"changed within the window.*The controller unscales"):
+            c.backward(squared(c.model, x), weight=3)

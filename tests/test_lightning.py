@@ -271,7 +271,7 @@ def test_a_checkpoint_before_the_record_is_refused(tmp_path: Path) -> None:
             trainer.save_checkpoint(tmp_path / "early.ckpt")
 
     saver = SaveEarly()
-    with pytest.raises(RuntimeError, match="too late between normalize_"):
+    with pytest.raises(RuntimeError, match="too late in a due window"):
         trainer(tmp_path, saver, AdaptiveAccumulation(rule=Fixed(2))).fit(Net(), loader(examples()))
 
 

@@ -191,8 +191,8 @@ class AdaptiveAccumulation(L.Callback):
         if self._scaler is not None:
             mean = mean / self._scaler.scale(torch.ones((), device=loss.device))
         mean.requires_grad_()
-        weighted = self._hearing.enter_context(self._required().hear(mean, self._weight))
-        # It cannot be replaced, but multiplied by what hear() multiplies by.
+        weighted = self._hearing.enter_context(self._required().observe(mean, self._weight))
+        # It cannot be replaced, but multiplied by what observe() multiplies by.
         factor = 1.0 if weighted is mean else torch.autograd.grad(weighted, mean)[0]
         loss.mul_(divisor * factor)
 
@@ -200,14 +200,14 @@ class AdaptiveAccumulation(L.Callback):
         self._hearing.close()
         self._heard += 1
         if self._required().step_due:
-            self._normalize()
+            self._withhold()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         # A training_step that returned None in the window's last micro-batch: Lightning steps all the same.
         controller = self._required()
         if self._heard and not controller.step_due:
             controller.close_window()
-            self._normalize()
+            self._withhold()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -235,9 +235,8 @@ class AdaptiveAccumulation(L.Callback):
         self._required().discard_window()
         self._heard = 0
 
-    def _normalize(self) -> None:
-        # Lightning unscales, clips and steps after this.
-        self._required().normalize_(unscale=False)
+    def _withhold(self) -> None:
+        """Lightning unscales, clips and steps after this."""
         self._withheld = self._skips_nonfinite and self._scaler is None and self._required().withhold_nonfinite()
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
 

@@ -197,7 +197,6 @@ class AdaptiveAccumulationMixin(Trainer):
                 # The Trainer counts those of the first.
                 self._track_num_input_tokens(batch)  # type: ignore[no-untyped-call]
         # Unscaled later, where the Trainer clips or steps.
-        controller.normalize_(unscale=False)
         scaled = self.accelerator.scaler is not None
         self._withheld = self._skips_nonfinite and not scaled and controller.withhold_nonfinite()
         if self._taken >= self.state.max_steps:
@@ -211,7 +210,7 @@ class AdaptiveAccumulationMixin(Trainer):
         accelerator, backward = self.accelerator, self.accelerator.backward
 
         def heard(loss: Tensor, **kwargs: Any) -> None:
-            with controller.hear(loss, weight) as weighted:
+            with controller.observe(loss, weight) as weighted:
                 backward(weighted, **kwargs)
 
         accelerator.backward = heard

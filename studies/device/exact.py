@@ -70,7 +70,6 @@ def one_batch(report: Report, case: Case, device: str, dtype: torch.dtype) -> No
     with ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=0.0), rule=ab.Fixed(len(SIZES))) as one:
         for x in batches:
             one.backward(model(x), weight=len(x))
-        one.normalize_()
         found = flat(model)
         one.step()
     precision = str(dtype).removeprefix("torch.")

@@ -35,7 +35,7 @@ class Setting:
         options: Of the controller.
         networks: On which it is tried.
         precision: Of the forward pass; ``"fp16"`` brings a GradScaler.
-        clips: Whether the loop clips between ``normalize_()`` and ``step()``.
+        clips: Whether the loop clips the due window.
         lr: Makes a learning rate for a device.
         reads_first: Whether it reads before each step whatever ``skip_nonfinite`` says.
     """
@@ -122,7 +122,6 @@ class Loop:
             if controller.step_due:
                 if self.setting.clips:
                     reads.phase = "clipping"
-                    controller.normalize_()
                     torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 reads.phase = "step"
                 controller.step()
