@@ -151,7 +151,7 @@ class Stepper:
 
     @property
     def _has_looked(self) -> bool:
-        """Whether the scaler has looked for infinities since its last update, for whom ever."""
+        """Whether the scaler has looked for infinities since its last update, whoever told it to."""
         states = getattr(self._scaler, "_per_optimizer_states", {})
         return bool(states.get(id(self._optimizer), {}).get("found_inf_per_device"))
 
