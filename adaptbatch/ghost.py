@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,9 +20,13 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
+from torch.utils.hooks import unserializable_hook
 
 # Elements of the largest intermediate; more examples than fit are taken in turns.
 CHUNK = 2**24
+# Micro-batches from one check to the next, of all parameters and of one of them in turn: primes, so that a penalty of
+# any period, first in its window or not, meets one.
+ALL_EVERY, ONE_EVERY = 251, 31
 WAY_OUT = "use Limits(min_steps=2) without ghost=True, whose micro-batch cells measure any layer."
 
 
@@ -42,7 +46,8 @@ class GhostProbe:
     Every layer's output must have the examples first. Not noticed, hence the caller's part: a loss that couples the
     examples, as a contrastive one does, and an input that all examples share (an embedding of positions) and that is
     by chance as long as the micro-batch. BatchNorm is refused. The first micro-batch is checked: each parameter's
-    gradient is rebuilt from what was heard and must be the one that autograd delivers.
+    gradient is rebuilt from what was heard and must be the one that autograd delivers. So is every 251st, and every
+    31st for one parameter in turn, where a penalty that begins later shows.
 
     The input of a layer is held from its forward to its backward pass, inside activation checkpoints too; compiled
     models are not heard.
@@ -153,8 +158,8 @@ class GhostProbe:
             as back-propagated: with a mean loss, ``1 / m^2`` of the examples' own.
 
         Raises:
-            RuntimeError: If no layer was heard or, in the first micro-batch, a parameter's gradient is not what its
-                layers account for.
+            RuntimeError: If no layer was heard or, in a micro-batch that is checked, a parameter's gradient is not what
+                its layers account for.
         """
         record = self._record
         record.require_heard()
@@ -215,9 +220,17 @@ class _Layer:
         self._last = weakref.ref(call)
         output.register_hook(call)  # type: ignore[no-untyped-call]
 
+    @property
+    def __name__(self) -> str:
+        # What torch.jit.script asks a hook for first.
+        raise AttributeError(
+            "a model whose ghost norms are measured cannot be scripted, its hooks are no part of it; call "
+            "controller.close() first."
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # Copies and pickles of the model take its hooks along.
-        return _Silent, ()
+        # Copies and pickles of the model take its hooks along: this one does nothing, wherever it is loaded.
+        return getattr, (nullcontext(), "__exit__")
 
     def hear(self, x: Tensor, delta: Tensor) -> None:
         """Note one call: input ``x``, gradient ``delta`` of the output."""
@@ -230,7 +243,7 @@ class _Layer:
                 f"use checkpoint(..., use_reentrant=False)."
             )
         self._turn = record.turn
-        if self.write is not None and record.check is None and x.dim() == 2 and not self.repeated:
+        if self.write is not None and x.dim() == 2 and not (self.repeated or record.checks(self.counted)):
             self.write(x, delta)
         else:
             self._hear_terms(x, delta)
@@ -259,13 +272,6 @@ class _Layer:
 
     def close(self) -> None:
         self._handle.remove()
-
-
-class _Silent:
-    """What a copied model has instead of a :class:`_Layer`: it hears nothing."""
-
-    def __call__(self, *_: object) -> None:
-        return None
 
 
 class _Call:
@@ -306,6 +312,7 @@ class _Record:
         self.check: _Check | None = None
         self.turn = 0
         self._first = ""
+        self._parameters: list[Parameter] = []
         self._boards: list[_RowBoard] = []
         self._waiting: dict[int, list[_Term]] = {}
         self._sq_norms: dict[int, Tensor] = {}
@@ -313,7 +320,8 @@ class _Record:
     def prepare(self, layers: Collection[_Layer], parameters: list[Parameter]) -> None:
         """Boards for the layers that may see rows, and a check of the first micro-batch."""
         self.close()
-        self.check = _Check(self, parameters)
+        self._parameters = parameters
+        self.check = _Check(self, parameters, range(len(parameters)))
         boards: dict[tuple[torch.device, torch.dtype], _RowBoard] = {}
         for layer in layers:
             layer.write = None
@@ -330,6 +338,19 @@ class _Record:
         self._sq_norms.clear()
         if self.check is not None:
             self.check.clear()
+        elif chosen := self._due():
+            self.check = _Check(self, self._parameters, chosen)
+
+    def _due(self) -> Sequence[int]:
+        """The parameters that this micro-batch is checked for."""
+        count = len(self._parameters)
+        if self.turn % ALL_EVERY == 0:
+            return range(count)
+        return () if self.turn % ONE_EVERY else (self.turn // ONE_EVERY % count,)
+
+    def checks(self, counted: Mapping[str, int]) -> bool:
+        """Whether one of a layer's parameters is checked in this micro-batch."""
+        return self.check is not None and not self.check.chosen.isdisjoint(counted.values())
 
     def admit(self, label: str, delta: Tensor) -> None:
         """The first layer heard says how many examples there are; the others must agree."""
@@ -397,7 +418,7 @@ class _RowBoard:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._layers: list[dict[str, int]] = []
-        self._norms = torch.empty(0)
+        self._norms = self._biases = torch.empty(0)
 
     def clear(self, examples: int) -> None:
         """All norms zero, for so many examples."""
@@ -407,7 +428,9 @@ class _RowBoard:
             return
         self._norms = torch.zeros(shape, device=self._device, dtype=self._dtype)
         self._inputs, self._deltas = (rows.unbind() for rows in self._norms)
-        self._biases = torch.tensor([["bias" in counted] for counted in self._layers], device=self._device)
+        if len(self._biases) != len(self._layers):
+            # Waits for a device, and so not for each size.
+            self._biases = torch.tensor([["bias" in counted] for counted in self._layers], device=self._device)
 
     def writer(self, counted: dict[str, int]) -> Callable[[Tensor, Tensor], None]:
         """What notes the call of one more layer."""
@@ -438,10 +461,11 @@ class _RowBoard:
 class _Check:
     """Each parameter's gradient rebuilt from what was heard, beside the one that autograd delivers."""
 
-    def __init__(self, record: _Record, parameters: list[Parameter]) -> None:
+    def __init__(self, record: _Record, parameters: list[Parameter], chosen: Iterable[int]) -> None:
         self._record = record
         self._parameters = parameters
-        self._handles = [p.register_hook(partial(self._deliver, i)) for i, p in enumerate(parameters)]  # type: ignore[no-untyped-call]
+        self.chosen = frozenset(chosen)
+        self._handles = [parameters[i].register_hook(self._hook(i)) for i in self.chosen]  # type: ignore[no-untyped-call]
         self.clear()
 
     def clear(self) -> None:
@@ -450,15 +474,22 @@ class _Check:
         self._sq_scales: dict[int, Tensor] = {}
         self._rounding = 0.0
 
-    def _deliver(self, index: int, grad: Tensor | None) -> None:
-        if self._record.open and grad is not None:
-            _accumulate(self._delivered, index, grad.to_dense())
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        def deliver(grad: Tensor | None) -> None:
+            if self._record.open and grad is not None:
+                _accumulate(self._delivered, index, grad.to_dense())
+
+        # A parameter that goes to another process goes without it, and without a warning.
+        silent: Callable[[Tensor], None] = unserializable_hook(deliver)  # type: ignore[no-untyped-call]
+        return silent
 
     def heard(self, delta: Tensor) -> None:
         """Take note of the precision of one call."""
         self._rounding = max(self._rounding, _rounding(delta))
 
     def add(self, index: int, term: _Term) -> None:
+        if index not in self.chosen:
+            return
         _accumulate(self._rebuilt, index, term.gradient(self._parameters[index].shape))
         _accumulate(self._sq_scales, index, term.sq_scale())
 

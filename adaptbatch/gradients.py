@@ -43,7 +43,7 @@ class WindowGradients:
         """``sum_c w_c <g_c, g>^2 / |g|^2`` with ``g`` the normalised mean in ``.grad``; a float64 scalar on the device.
 
         Args:
-            parameters: Those that were given to :meth:`add`.
+            parameters: Those that were given to :meth:`add`, and any that were added since, last.
             reference: What the accumulated sums are to be multiplied by to become sums over examples.
         """
         mean = [None if p.grad is None else _dense(p.grad) for p in parameters]
@@ -92,7 +92,7 @@ class PreviousGradient:
 @torch.no_grad()
 def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
     """``sum_i <a_i, b_i>`` over the pairs that both exist, in float64 where the device has it."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    pairs = [(x, y) for x, y in zip(a, b, strict=False) if x is not None and y is not None]
     dots = [torch.dot(_wide(x).flatten(), _wide(y).flatten()) for x, y in pairs]
     first = dots[0].device
     wide = torch.float32 if first.type == "mps" else torch.float64

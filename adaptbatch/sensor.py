@@ -448,18 +448,17 @@ class Sensor:
                 )
 
     def load_state_dict(self, state: Mapping[str, Any], window: OpenWindow, applied: Adjustment, steps: int) -> None:
-        """Put back what :meth:`state_dict` holds; the optimizer's state must be that of the checkpoint by now.
+        """Put back what :meth:`state_dict` holds and :meth:`require_fit` has seen.
 
-        Raises:
-            ValueError: If the parameters are others.
+        The optimizer's state must be that of the checkpoint by now.
         """
         self.attach()
-        self.require_fit(state)
         gradients = state["gradients"]
         if gradients is not None:
             metric = self.open_window(window.reference, applied, steps).in_metric
             window.in_metric = None if metric is None else window.in_metric
-            for p, gradient in zip(self.parameters, gradients, strict=True):
+            # Parameters that were added since it was found to fit have none.
+            for p, gradient in zip(self.parameters, gradients, strict=False):
                 p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
         self._close_seal()
         if window.due:

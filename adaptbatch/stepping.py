@@ -50,9 +50,8 @@ class Stepper:
         self._optimizer, self._scaler, self._coupling = optimizer, scaler if enabled else None, coupling
         self.applied = UNTOUCHED
         self.gate = StepGate(optimizer)
-        # The scaler's state as of the window's opening, and when it last looked for infinities.
+        # The scaler's state as of the window's opening.
         self._opened: _Stamp = None
-        self._looked: _Stamp = None
         self._unscaled = False
 
     def scaled(self, loss: Tensor, scale: Tensor | None) -> Tensor:
@@ -106,7 +105,7 @@ class Stepper:
                 f"the scaler refuses to unscale the window's gradients: {error} The controller unscales them; leave "
                 f"scaler.unscale_(), scaler.step() and scaler.update() to the controller."
             ) from error
-        self._looked, self._unscaled = self._stamp(), True
+        self._unscaled = True
 
     @torch.no_grad()
     def _multiply(self, factor: Tensor) -> None:
@@ -144,7 +143,6 @@ class Stepper:
                 # Another owner's update() made it forget that these are unscaled: it does so again.
                 self._multiply(self._scaler.scale(torch.ones((), device=self._device)))
             self._scaler.step(self._optimizer)
-            self._looked = self._stamp()
 
     @property
     def _device(self) -> torch.device:
@@ -153,8 +151,9 @@ class Stepper:
 
     @property
     def _has_looked(self) -> bool:
-        """Whether the scaler has looked for infinities since its last update."""
-        return self._looked is not None and self._looked == self._stamp()
+        """Whether the scaler has looked for infinities since its last update, whoever told it to."""
+        states = getattr(self._scaler, "_per_optimizer_states", {})
+        return bool(states.get(id(self._optimizer), {}).get("found_inf_per_device"))
 
     def update(self) -> None:
         """Once a window, stepped or skipped: the scaler grows or backs off."""
@@ -163,7 +162,6 @@ class Stepper:
         if not self._has_looked:
             self._scaler.unscale_(self._optimizer)
         self._scaler.update()
-        self._looked = None
 
     def abandon(self) -> None:
         """The window comes to nothing; a scaler that has unscaled it may unscale the next one."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,25 +19,63 @@ import adaptbatch as ab
 from tests.test_controller import batches, equal_state, sgd, small_model, squared
 
 
-class Contract(RuleBasedStateMachine):
-    """A controller beside a model of what it promises: a list of the window's examples, and a plain optimizer."""
+class Unsized:
+    """A loader without a length, which fails where an item is an exception."""
 
-    @initialize(steps=st.lists(st.integers(1, 4), min_size=1, max_size=4), phase=st.booleans())
-    def start(self, steps: list[int], phase: bool) -> None:
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for item in self.items:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+class Sized(Unsized):
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class Contract(RuleBasedStateMachine):
+    """A controller beside a model of what it promises: a list of the window's examples, and a plain optimizer.
+
+    The last layer's bias is added to the optimizer under way; the loss scale, if there is one, has another owner too.
+    """
+
+    @initialize(steps=st.lists(st.integers(1, 4), min_size=1, max_size=4), phase=st.booleans(), scaled=st.booleans())
+    def start(self, steps: list[int], phase: bool, scaled: bool) -> None:
         self.steps, self.phase, self.limits = steps, phase, ab.Limits()
         self.k = steps[0]
         self.ours, self.twin = small_model(), small_model()
-        self.optimizer, self.plain = sgd(self.ours), sgd(self.twin)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2) if scaled else None
+        self.added = False
+        self.optimizer, self.plain = self.sgd(self.ours), self.sgd(self.twin)
         self.controller = self.make(self.ours, self.optimizer)
-        self.window: list[tuple[torch.Tensor, bool]] = []
-        self.frozen = self.rewritten = False
+        # Of each micro-batch: its examples, whether the first layer was frozen, whether the bias was there.
+        self.window: list[tuple[torch.Tensor, bool, bool]] = []
+        self.frozen = self.rewritten = self.left = False
         self.handles: list[Any] = []
         self.taken, self.rows, self.turn, self.seen = 0, 0, 0, 0
-        self.normalized = self.finished = self.broken = False
+        self.normalized = self.finished = self.broken = self.interrupted = False
         self.saved: dict[str, Any] | None = None
 
+    def sgd(self, model: nn.Module) -> torch.optim.Optimizer:
+        bias = model[2].bias.requires_grad_(self.added)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p is not bias], lr=0.05, momentum=0.9)
+        if self.added:
+            optimizer.add_param_group({"params": [bias]})
+        return optimizer
+
     def make(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> ab.BatchController:
-        return ab.BatchController(model, optimizer, rule=ab.Replay(self.steps), phase=self.phase, limits=self.limits)
+        return ab.BatchController(
+            model,
+            optimizer,
+            rule=ab.Replay(self.steps),
+            phase=self.phase,
+            limits=self.limits,
+            scaler=self.scaler,
+        )
 
     def bound(self) -> None:
         """Between windows the size of the next one is within the limits, whatever came before."""
@@ -49,14 +88,57 @@ class Contract(RuleBasedStateMachine):
 
     @rule(size=st.integers(1, 5), seed=st.integers(0, 99), poison=st.sampled_from([0.0] * 8 + [math.nan, math.inf]))
     def backward(self, size: int, seed: int, poison: float) -> None:
-        x = batches([size], seed)[0] + poison
-        call = lambda: self.controller.backward(squared(self.ours, x), weight=size)  # noqa: E731
+        self.hear(batches([size], seed)[0] + poison)
+
+    def hear(self, x: torch.Tensor) -> None:
+        call = lambda: self.controller.backward(squared(self.ours, x), weight=len(x))  # noqa: E731
         if self.broken or self.due or self.rewritten:
             with pytest.raises(RuntimeError, match=r"discard_window\(\)|a step is due"):
                 call()
             return
         call()
-        self.window.append((x, self.frozen))
+        self.window.append((x, self.frozen, self.added))
+
+    @rule(
+        sizes=st.lists(st.integers(1, 3), min_size=1, max_size=5),
+        fault=st.sampled_from(["none", "loader", "body before", "body after"]),
+        at=st.integers(0, 4),
+        sized=st.booleans(),
+    )
+    def epoch(self, sizes: list[int], fault: str, at: int, sized: bool) -> None:
+        """A loop over a loader, which raises, or which an interrupt leaves; whoever goes on goes on with the window."""
+        items: list[Any] = batches(sizes, at)
+        # Every item before an error of the loader is handed out.
+        failing = [*items[:at], OSError("disk"), *items[at:]] if fault == "loader" else items
+        fails = fault == "loader" or (fault != "none" and at < len(items))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if fails:
+                with pytest.raises((OSError, KeyboardInterrupt)):
+                    self.loop((Sized if sized else Unsized)(failing), fault, at, len(items))
+            else:
+                self.loop((Sized if sized else Unsized)(failing), fault, at, len(items))
+        pending = self.left and self.held
+        self.left = fails
+        told = [str(one.message) for one in caught]
+        assert any("left within a window" in one for one in told) == bool(pending), told
+        assert all(
+            "left within a window" in one or "no item had its backward" in one or "stays open" in one for one in told
+        ), told
+
+    def loop(self, loader: Unsized, fault: str, at: int, count: int) -> None:
+        self.held = len(self.window)
+        for index, x in enumerate(self.controller.micro_batches(loader)):
+            if fault == "body before" and index == at:
+                raise KeyboardInterrupt
+            heard = len(self.window)
+            self.hear(x)
+            # A window that was due before, or cannot be heard, is not ended by the data's end.
+            self.finished |= len(self.window) > heard and index == count - 1 and fault != "loader"
+            if fault == "body after" and index == at:
+                raise KeyboardInterrupt
+            if self.controller.step_due:
+                self.step()
 
     @rule(frozen=st.booleans())
     def freeze_or_thaw(self, frozen: bool) -> None:
@@ -67,11 +149,48 @@ class Contract(RuleBasedStateMachine):
     @precondition(lambda self: self.window and not (self.normalized or self.broken))
     @rule(factor=st.sampled_from([0.0, 0.5]))
     def write_past_the_counters(self, factor: float) -> None:
-        gradients = [p.grad for p in self.ours.parameters() if p.grad is not None]
-        # One that is not finite is skipped whatever is done to it, and one that was never put in place is not there.
-        if gradients and all(torch.isfinite(g).all() for g in gradients) and any(g.any() for g in gradients):
-            for g in gradients:
-                g.data.mul_(factor)
+        for g in self.gradients:
+            g.data.mul_(factor)
+            self.rewritten = True
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        """Those that a write makes wrong: what is not finite is skipped whatever is done to it."""
+        found = [p.grad for p in self.ours.parameters() if p.grad is not None]
+        return found if all(torch.isfinite(g).all() for g in found) and any(g.any() for g in found) else []
+
+    @precondition(lambda self: not self.added)
+    @rule()
+    def add_param_group(self) -> None:
+        """The last bias is trained from the next micro-batch on."""
+        self.added = True
+        for model, optimizer in ((self.ours, self.optimizer), (self.twin, self.plain)):
+            model[2].bias.requires_grad_(True)
+            optimizer.add_param_group({"params": [model[2].bias]})
+
+    @precondition(lambda self: self.scaler is not None)
+    @rule(scale=st.none() | st.sampled_from([1.0, 2.0**16]), poison=st.sampled_from([1.0, math.inf]))
+    def update_the_scaler(self, scale: float | None, poison: float) -> None:
+        """Another owner of the loss scale: sets it, or steps another network through it, which overflows or not."""
+        assert self.scaler is not None
+        weight = nn.Parameter(torch.ones(1))
+        other = torch.optim.SGD([weight], lr=0.5)
+        self.scaler.scale(weight.sum() * poison).backward()
+        if scale is not None:
+            self.scaler.update(scale)
+            return
+        self.scaler.step(other)
+        self.scaler.update()
+        assert weight.item() == (0.5 if poison == 1.0 else 1.0)
+
+    @precondition(lambda self: self.scaler and self.window and not (self.normalized or self.broken or self.rewritten))
+    @rule()
+    def unscale_by_hand(self) -> None:
+        """Before normalize_(), which does so itself."""
+        assert self.scaler is not None
+        # By one it changes nothing.
+        if self.gradients and self.scaler.get_scale() != 1.0:
+            self.scaler.unscale_(self.optimizer)
             self.rewritten = True
 
     @precondition(lambda self: not self.normalized)
@@ -107,6 +226,21 @@ class Contract(RuleBasedStateMachine):
         self.controller.close_window()
         self.finished = bool(self.window)
 
+    @precondition(lambda self: self.due and not (self.broken or self.rewritten or self.interrupted))
+    @rule()
+    def interrupt_in_step(self) -> None:
+        """Just before the update, where it may as well have been within."""
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        if all(torch.isfinite(x).all() for x, *_ in self.window):
+            handle = self.optimizer.register_step_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                self.controller.step()
+            handle.remove()
+            self.normalized = self.interrupted = True
+
     @rule()
     def normalize(self) -> None:
         if not self.due or self.broken:
@@ -130,12 +264,17 @@ class Contract(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match=r"changed within the window.*discard_window"):
                 self.controller.step()
             return
-        whole = torch.cat([x for x, _ in self.window])
+        if self.interrupted:
+            with pytest.raises(RuntimeError, match=r"interrupted within the optimizer's step.*discard_window\(\)"):
+                self.controller.step()
+            return
+        whole = torch.cat([x for x, *_ in self.window])
         finite = bool(torch.isfinite(whole).all())
         self.controller.step()
         if finite:
-            for x, frozen in self.window:
+            for x, frozen, added in self.window:
                 self.twin[0].requires_grad_(not frozen)
+                self.twin[2].bias.requires_grad_(added)
                 (squared(self.twin, x) * (len(x) / len(whole))).backward()
             self.twin.requires_grad_(True)
             self.plain.step()
@@ -157,6 +296,7 @@ class Contract(RuleBasedStateMachine):
     def discard_window(self) -> None:
         self.controller.discard_window()
         self.window, self.normalized, self.finished, self.broken, self.rewritten = [], False, False, False, False
+        self.interrupted = False
         self.bound()
 
     @rule(smallest=st.none() | st.integers(1, 3), more=st.integers(0, 2))
@@ -181,20 +321,22 @@ class Contract(RuleBasedStateMachine):
             return
         parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
         self.saved = {"parts": copy.deepcopy([part.state_dict() for part in parts])}
-        names = ("taken", "turn", "seen", "finished", "k")
+        names = ("taken", "turn", "seen", "finished", "k", "added")
         self.saved |= {name: getattr(self, name) for name in names} | {"window": list(self.window)}
 
     @precondition(lambda self: self.saved is not None)
     @rule(fresh=st.booleans())
     def load(self, fresh: bool) -> None:
         assert self.saved is not None
-        if fresh:
+        # torch itself refuses an optimizer with other groups.
+        if fresh or self.added != self.saved["added"]:
+            fresh, self.added = True, self.saved["added"]
             self.controller.discard_window()
             self.controller.close()
-            self.ours = small_model(1)
+            self.ours, self.twin = small_model(1), small_model(1)
             self.ours[0].requires_grad_(not self.frozen)
-            self.rewritten = False
-            self.optimizer = sgd(self.ours)
+            self.rewritten = self.left = self.interrupted = False
+            self.optimizer, self.plain = self.sgd(self.ours), self.sgd(self.twin)
             self.controller = self.make(self.ours, self.optimizer)
             self.rows = 0
         elif self.window or self.broken:

@@ -120,6 +120,22 @@ class TestOneScalerForTwoNetworks:
         with pytest.raises(RuntimeError, match=r"loss scale was updated within the window.*discard_window\(\)"):
             c.hear(squared(c.model, x), weight=4).__enter__()
 
+    @pytest.mark.parametrize("at", [1, 2], ids=["within", "due"])
+    def test_unscaled_by_hand_is_refused_and_goes_on(self, at: int):
+        """As a loop with clipping does, in place of normalize_(); the scaler still knows of it after the refusal."""
+        (c, _), scaler = two_networks(2)
+        x = batches([4, 4], dtype=torch.float32)
+        for one in x[:at]:
+            c.backward(squared(c.model, one), weight=4)
+        scaler.unscale_(c.optimizer)
+        with pytest.raises(RuntimeError, match=r"changed within the window, by zero_grad\(\), unscale_\(\), clipping"):
+            c.step() if at == 2 else c.backward(squared(c.model, x[1]), weight=4)
+        c.discard_window()
+        want = self.expected(c, torch.cat(x))
+        for one in x:
+            c.backward(squared(c.model, one), weight=4)
+        torch.testing.assert_close(update_of(c.step, c.model), want, rtol=1e-5, atol=1e-8)
+
 
 # --- B. a trainable set that changes ---------------------------------------------------------------------------------
 
@@ -211,6 +227,55 @@ def test_parameters_come_and_go_within_a_window(event: str, close: bool):
     made[1].step()
     for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"phase": True}], ids=["plain", "phase"])
+def test_a_group_is_added_between_a_load_and_the_next_micro_batch(options: dict):
+    """As in gradual unfreezing: the optimizer is rebuilt as it was saved, and grows again."""
+    ours, twin, x = Heads(), Heads(), batches([4, 7])
+    for model in (ours, twin):
+        model.heads.requires_grad_(False)
+    ours.heads[0].requires_grad_(True)
+    held = [*ours.trunk.parameters(), *ours.heads[0].parameters()]
+    c = ab.BatchController(ours, torch.optim.SGD(held, lr=0.1), rule=ab.Fixed(2), **options)
+    c.backward(squared(ours, x[0]), weight=4)
+    other = ab.BatchController(ours, torch.optim.SGD(held, lr=0.1), rule=ab.Fixed(2), **options)
+    other.load_state_dict(c.state_dict())
+    c.discard_window()
+    c.close()
+    ours.heads[1].requires_grad_(True)
+    other.optimizer.add_param_group({"params": list(ours.heads[1].parameters())})
+    other.backward(squared(ours, x[1]), weight=7)
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for index, one in enumerate(x):
+        for which in range(index + 1):
+            twin.heads[which].requires_grad_(True)
+        (squared(twin, one) * (len(one) / 11)).backward()
+    other.step()
+    plain.step()
+    for p, q in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_a_group_is_added_while_gradients_are_kept():
+    """What reached it is along the mean too."""
+    model, x = Heads(), batches([4, 4, 4])
+    model.heads[1].requires_grad_(False)
+    held = [*model.trunk.parameters(), *model.heads[0].parameters()]
+    rule, limits = ab.InnerProductTest(), ab.Limits(min_steps=3, max_steps=3)
+    c = ab.BatchController(model, torch.optim.SGD(held, lr=0.1), rule=rule, limits=limits)
+    cells = []
+    for index, one in enumerate(x):
+        if index == 1:
+            model.heads[1].requires_grad_(True)
+            c.optimizer.add_param_group({"params": list(model.heads[1].parameters())})
+        cells.append(torch.cat([g.flatten() for g in _gradients(model, one)]))
+        c.backward(squared(model, one), weight=4)
+    c.normalize_()
+    mean = torch.stack(cells).mean(0)
+    want = sum(4 * float(g @ mean) ** 2 for g in cells) / float(mean @ mean)
+    assert float(c._window.extra["radial_sq_norms"]) == pytest.approx(want, rel=1e-9)
+    c.step()
 
 
 def test_a_thawed_parameter_that_is_not_finite_is_not_stepped():

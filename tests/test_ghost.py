@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -677,6 +679,48 @@ def test_the_check_is_made_once_and_leaves_no_hook(frozen):
     assert not any(p._backward_hooks for p in model.parameters())
 
 
+PENALTIES: dict[str, tuple[Callable[[nn.Module], Tensor], int]] = {
+    "L1 of all": (lambda model: sum(p.abs().sum() for p in model.parameters()), ghost.ONE_EVERY),
+    "decay of one": (lambda model: model[2].weight.square().sum(), ghost.ALL_EVERY),
+    "of a bias": (lambda model: model[0].bias.square().sum(), ghost.ALL_EVERY),
+}
+
+
+@pytest.mark.parametrize("period", [1, 4, 16])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_that_begins_late_is_noticed_in_time(name, period):
+    """Every micro-batch or, as lazy regularisation does, now and then; too small to be longer than the parts."""
+    penalty, within = PENALTIES[name]
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(6, 5).double()
+    probe = attached(model)
+
+    def train(micro_batches: int, strength: float) -> None:
+        for index in range(micro_batches):
+            loss = total_loss(model(x))
+            heard(probe, loss if index % period else loss + strength * penalty(model))
+
+    train(40, strength=0.0)
+    with pytest.raises(RuntimeError, match=rf"(?s)is not the sum over the calls .* a penalty in the loss.*{WAY_OUT}"):
+        train(within * period + 1, strength=0.01)
+    # As long as it is there.
+    with pytest.raises(RuntimeError, match="is not the sum"):
+        heard(probe, total_loss(model(x)) + 0.01 * penalty(model))
+    heard(probe, total_loss(model(x)))
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", ["rows", "linear twice", "conv2d, direct", "tied language model"])
+def test_what_is_checked_again_is_measured_all_the_same(monkeypatch, case):
+    monkeypatch.setattr(ghost, "ONE_EVERY", 2)
+    monkeypatch.setattr(ghost, "ALL_EVERY", 5)
+    model, x = CASES[case]()
+    model.double()
+    x = x.double() if x.is_floating_point() else x
+    probe, expected = attached(model), total_twin(model, x)
+    for _ in range(12):
+        torch.testing.assert_close(heard(probe, total_loss(model(x))), expected, rtol=1e-9, atol=0)
+
+
 class Attention(nn.Module):
     """Softmax attention: the gradient of the keys' bias is nothing but rounding."""
 
@@ -739,6 +783,49 @@ def test_copies_and_pickles_hear_nothing():
         with pytest.raises(RuntimeError, match="no layer was heard"):
             probe.take_example_sq_norms()
     assert heard(probe, total_loss(model(x))).shape == (4,)
+
+
+def test_a_saved_model_needs_nothing_of_this_package(tmp_path):
+    """In a process that cannot import it."""
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), torch.randn(4, 3)
+    attached(model)
+    torch.save([model, x, model(x).detach()], tmp_path / "model.pt")
+    script = (
+        "import sys; sys.modules['adaptbatch'] = None\n"
+        f"import torch; model, x, y = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "assert torch.equal(model(x), y) and model(x)._backward_hooks is None"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_a_model_is_scripted_when_its_norms_are_closed():
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), torch.randn(4, 3)
+    probe = attached(model)
+    with pytest.raises(AttributeError, match=r"cannot be scripted.*controller\.close\(\) first"):
+        torch.jit.script(model)
+    assert heard(probe, total_loss(model(x))).shape == (4,)
+    probe.close()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_checked_parameters_travel_without_a_warning():
+    model = nn.Linear(3, 2)
+    attached(model)
+    for p in model.parameters():
+        assert p._backward_hooks
+        torch.utils.hooks.warn_if_has_hooks(p)
+
+
+def test_a_micro_batch_of_another_size_waits_for_no_device():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+    probe, before = attached(model), None
+    for examples in (4, 3, 4):
+        heard(probe, total_loss(model(torch.randn(examples, 3))))
+        (board,) = probe._record._boards
+        assert before is None or board._biases is before
+        before = board._biases
+    assert before.tolist() == [[True], [False]]
 
 
 def calls() -> list[ghost._Call]:
