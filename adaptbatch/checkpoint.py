@@ -69,9 +69,9 @@ def _require_whole_window(window: Mapping[str, Any] | None, sensor: Mapping[str,
             _refuse(f"state['sensor']['kept'][{name!r}]", expected, kept)
     if window is None:
         return
-    if window["due"] != ("batch" in window["measured"]):
-        expected = "hold 'batch' where state['window']['due'] is True, and only there"
-        _refuse("state['window']['measured']", expected, sorted(window["measured"]))
+    if window["due"] != ("batch" in (window["measured"] or ())) or (window["measured"] is None) == window["due"]:
+        expected = "hold 'batch' where state['window']['due'] is True, and be None elsewhere"
+        _refuse("state['window']['measured']", expected, window["measured"])
     if window["all_cells"] != cells:
         _refuse("state['window']['all_cells']", f"be state['window']['cells'] = {cells!r}", window["all_cells"])
     if window["largest"] > window["weight"]:
@@ -309,7 +309,7 @@ _STATE = _keys(
             metric_weighted=_none_or(_SCALAR),
             loss_sum=_SCALAR,
             scale=_none_or(_SCALAR),
-            measured=_require_measured,
+            measured=_none_or(_require_measured),
         )
     ),
     sensor=_keys(

@@ -841,6 +841,8 @@ class BatchController:
 
     def _require_resumable(self, call: str) -> None:
         self._require_whole()
+        if self._window.due:
+            self._require_not_stepped()
         if self._window.due and (self._window.scale is not None or self._trainer_steps):
             raise RuntimeError(
                 f"{call} is too late in a due window whose loss scale somebody keeps account of (a GradScaler, a "

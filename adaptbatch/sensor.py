@@ -113,7 +113,7 @@ class Sensor:
         self._seal = GradientSeal()
         self._turn = 0
         self._checks_first = True
-        self._mean_stamps: list[tuple[int, int] | None] = []
+        self._mean_stamps: list[tuple[int, int] | None] | None = None
         self.attach()
         # Only a device is worth sparing a read.
         self.reads_now = self._probe.parameters[0].device.type == "cpu"
@@ -348,6 +348,7 @@ class Sensor:
     def _mark_mean(self) -> None:
         """``.grad`` is the mean now; what changes it from here on is clipping, or wrong."""
         self._mean_stamps = gradient_stamps(self.parameters)
+        self._close_seal()
         self._probe.elsewhere = False
 
     def _unscale(self, window: OpenWindow, scaled: bool) -> None:
@@ -369,10 +370,11 @@ class Sensor:
         Raises:
             RuntimeError: If it was emptied, or another backward pass added to it.
         """
-        now = gradient_stamps(self.parameters)
-        if now == self._mean_stamps:
+        before, now = self._mean_stamps, gradient_stamps(self.parameters)
+        # A write past the counters is looked for only where that costs no wait.
+        if now == before and not (self.reads_now and not self._ranks.sharded and self._seal.rewritten()):
             return None
-        if any(after is None and before is not None for before, after in zip(self._mean_stamps, now, strict=False)):
+        if before is not None and any(b is not None and a is None for a, b in zip(now, before, strict=False)):
             raise RuntimeError(_EMPTIED)
         if self._probe.elsewhere:
             raise RuntimeError(_ADDED)
@@ -461,8 +463,8 @@ class Sensor:
             for p, gradient in zip(self.parameters, gradients, strict=False):
                 p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
         self._close_seal()
-        if window.due:
-            self._mark_mean()
+        # Whether what was saved of a due window had been clipped is not known: it is measured.
+        self._mean_stamps, self._probe.elsewhere = None, False
         if self._kept is not None:
             self._kept = self._kept_from(state["kept"])
         previous = state["previous"] or ()

@@ -124,7 +124,7 @@ class OpenWindow:
             "metric_weighted": in_metric,
             "loss_sum": self.loss_sum,
             "scale": self.scale,
-            "measured": measured,
+            "measured": measured if self.due else None,
         }
 
     @classmethod
@@ -133,7 +133,7 @@ class OpenWindow:
         sums = {name: None if state[name] is None else state[name].to(device) for name in _SUMS}
         window = cls(**{name: state[name] for name in _OPEN}, loss_sum=sums["loss_sum"], scale=sums["scale"])
         window.norms = SquaredNorms(sums["weighted"])
-        measured = {name: value.to(device) for name, value in state["measured"].items()}
+        measured = {name: value.to(device) for name, value in (state["measured"] or {}).items()}
         window.norms.batch = measured.pop("batch", None)
         if sums["metric_weighted"] is not None:
             window.in_metric = SquaredNorms(sums["metric_weighted"], measured.pop("metric_batch", None))

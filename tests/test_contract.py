@@ -57,7 +57,8 @@ class Contract(RuleBasedStateMachine):
         self.frozen = self.rewritten = self.left = False
         self.handles: list[Any] = []
         self.taken, self.rows, self.turn, self.seen = 0, 0, 0, 0
-        self.normalized = self.finished = self.broken = self.interrupted = False
+        self.finished = self.broken = self.interrupted = False
+        self.clips: list[float] = []
         self.saved: dict[str, Any] | None = None
 
     def sgd(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -146,7 +147,7 @@ class Contract(RuleBasedStateMachine):
         self.frozen = frozen
         self.ours[0].requires_grad_(not frozen)
 
-    @precondition(lambda self: self.window and not (self.normalized or self.broken))
+    @precondition(lambda self: self.window and not (self.due or self.broken))
     @rule(factor=st.sampled_from([0.0, 0.5]))
     def write_past_the_counters(self, factor: float) -> None:
         for g in self.gradients:
@@ -183,17 +184,17 @@ class Contract(RuleBasedStateMachine):
         self.scaler.update()
         assert weight.item() == (0.5 if poison == 1.0 else 1.0)
 
-    @precondition(lambda self: self.scaler and self.window and not (self.normalized or self.broken or self.rewritten))
+    @precondition(lambda self: self.scaler and self.window and not (self.due or self.broken or self.rewritten))
     @rule()
     def unscale_by_hand(self) -> None:
-        """Before normalize_(), which does so itself."""
+        """Within the window, at whose end the controller does so itself."""
         assert self.scaler is not None
         # By one it changes nothing.
         if self.gradients and self.scaler.get_scale() != 1.0:
             self.scaler.unscale_(self.optimizer)
             self.rewritten = True
 
-    @precondition(lambda self: not self.normalized)
+    @precondition(lambda self: not self.due)
     @rule()
     def step_of_a_plain_loop(self) -> None:
         if self.window:
@@ -223,6 +224,10 @@ class Contract(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match=r"last backward\(\) failed"):
                 self.controller.close_window()
             return
+        if self.rewritten and not self.due:
+            with pytest.raises(RuntimeError, match=r"close_window\(\) found gradients that were changed"):
+                self.controller.close_window()
+            return
         self.controller.close_window()
         self.finished = bool(self.window)
 
@@ -239,20 +244,16 @@ class Contract(RuleBasedStateMachine):
             with pytest.raises(KeyboardInterrupt):
                 self.controller.step()
             handle.remove()
-            self.normalized = self.interrupted = True
+            self.interrupted = True
 
-    @rule()
-    def normalize(self) -> None:
-        if not self.due or self.broken:
-            with pytest.raises(RuntimeError, match=r"normalize_\(\) is early|discard_window"):
-                self.controller.normalize_()
-            return
-        if self.rewritten:
-            with pytest.raises(RuntimeError, match=r"changed within the window.*discard_window"):
-                self.controller.normalize_()
-            return
-        self.controller.normalize_()
-        self.normalized = True
+    @precondition(lambda self: self.due and not (self.broken or self.rewritten or self.interrupted))
+    @rule(length=st.floats(0.01, 10.0))
+    def clip(self, length: float) -> None:
+        """As in any loop; the twin is clipped in its step."""
+        # A window that was loaded is put in place for whoever asks whether it is due.
+        assert self.controller.step_due
+        nn.utils.clip_grad_norm_([p for p in self.ours.parameters() if p.grad is not None], length)
+        self.clips.append(length)
 
     @rule()
     def step(self) -> None:
@@ -277,6 +278,8 @@ class Contract(RuleBasedStateMachine):
                 self.twin[2].bias.requires_grad_(added)
                 (squared(self.twin, x) * (len(x) / len(whole))).backward()
             self.twin.requires_grad_(True)
+            for length in self.clips:
+                nn.utils.clip_grad_norm_(self.twin.parameters(), length)
             self.plain.step()
             self.plain.zero_grad()
             self.taken += 1
@@ -289,13 +292,13 @@ class Contract(RuleBasedStateMachine):
         self.rows += 1
         self.turn += 1
         self.k = self.steps[min(self.turn, len(self.steps) - 1)]
-        self.window, self.normalized, self.finished = [], False, False
+        self.window, self.clips, self.finished = [], [], False
         self.bound()
 
     @rule()
     def discard_window(self) -> None:
         self.controller.discard_window()
-        self.window, self.normalized, self.finished, self.broken, self.rewritten = [], False, False, False, False
+        self.window, self.clips, self.finished, self.broken, self.rewritten = [], [], False, False, False
         self.interrupted = False
         self.bound()
 
@@ -315,14 +318,14 @@ class Contract(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        if self.broken or self.normalized or self.rewritten:
-            with pytest.raises(RuntimeError, match=r"discard_window|between normalize_\(\) and step\(\)"):
+        if self.broken or self.rewritten or self.interrupted or (self.due and self.scaler):
+            with pytest.raises(RuntimeError, match=r"discard_window|too late in a due window"):
                 self.controller.state_dict()
             return
         parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
         self.saved = {"parts": copy.deepcopy([part.state_dict() for part in parts])}
         names = ("taken", "turn", "seen", "finished", "k", "added")
-        self.saved |= {name: getattr(self, name) for name in names} | {"window": list(self.window)}
+        self.saved |= {name: getattr(self, name) for name in names} | {"window": list(self.window), "clips": list(self.clips)}
 
     @precondition(lambda self: self.saved is not None)
     @rule(fresh=st.booleans())
@@ -350,7 +353,7 @@ class Contract(RuleBasedStateMachine):
         self.rows = max(0, min(self.rows, self.rows + self.saved["turn"] - self.turn)) if not fresh else 0
         for name in ("taken", "turn", "seen", "finished", "k"):
             setattr(self, name, self.saved[name])
-        self.window, self.normalized, self.broken = list(self.saved["window"]), False, False
+        self.window, self.clips, self.broken = list(self.saved["window"]), list(self.saved["clips"]), False
         self.bound()
 
     @invariant()

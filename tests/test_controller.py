@@ -591,7 +591,7 @@ class TestState:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"version": 99}, r"state must have version 5, got version = 99; it was saved by another release"),
+            ({"version": 99}, r"state must have version 6, got version = 99; it was saved by another release"),
             ({"surplus": 1}, r"state must have exactly the known keys, got unknown \['surplus'\] and missing \[\]"),
             (
                 {"late_window": {"names": []}},

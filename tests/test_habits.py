@@ -341,7 +341,7 @@ class TestGradientsOfOtherKinds:
     def test_a_backward_pass_may_build_a_graph(self, size: int):
         weight = nn.Parameter(torch.ones(size))
         c = ab.BatchController(nn.ParameterList([weight]), torch.optim.SGD([weight], lr=0.1), rule=ab.Fixed(1))
-        with c.hear(weight.pow(3).sum(), weight=1) as loss:
+        with c.observe(weight.pow(3).sum(), weight=1) as loss:
             loss.backward(create_graph=True)
         c.step()
         assert c.history.to_pandas()["batch_grad_norm"].iloc[0] == pytest.approx(3.0 * size**0.5)
