@@ -110,6 +110,7 @@ class Sensor:
         self._previous = PreviousGradient() if phase else None
         self._scales: Sequence[Tensor] | None = None
         self._seal = GradientSeal()
+        self._held: list[Parameter] = []
         self._turn = 0
         self._checks_first = True
         self.attach()
@@ -119,12 +120,16 @@ class Sensor:
     @property
     def parameters(self) -> list[Parameter]:
         """All that the optimizer steps: one that is frozen or thawed within a window is part of its gradient."""
-        return list(dict.fromkeys(p for group in self._optimizer.param_groups for p in group["params"]))
+        groups = self._optimizer.param_groups
+        if sum(len(group["params"]) for group in groups) != len(self._held):
+            self._held = list(dict.fromkeys(p for group in groups for p in group["params"]))
+        return self._held
 
     def attach(self) -> None:
         """Hook what the optimizer trains, again where it was replaced; see the probes."""
         self._probe.attach(self._model, self._optimizer)
         self._ranks.require_synchronised(self._probe.parameters)
+        self._held = []
         self._kinds = {p: (p.device, p.dtype) for p in self._probe.parameters}
 
     def follow(self, window: OpenWindow) -> None:
