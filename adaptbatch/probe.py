@@ -329,11 +329,11 @@ def batch_gradient_sq_norm(parameters: Sequence[Parameter], scales: Sequence[Ten
 
 
 def gradient_norms(parameters: Sequence[Parameter]) -> list[Tensor]:
-    """The norms of all gradients, those of one device and type in one tensor."""
+    """The norms of all gradients, or of this rank's parts of them, those of one device and type in one tensor."""
     kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in parameters:
-        grad = p.grad
-        if grad is not None:
+        if p.grad is not None:
+            grad = local_part(p.grad)
             kinds.setdefault((grad.device, grad.dtype, grad.is_sparse), []).append(grad)
     return [torch.stack(_norms_of(grads)) for grads in kinds.values()]
 
@@ -355,7 +355,7 @@ def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | N
         >>> gradient_stamps([weight]) == before
         False
     """
-    return [None if g is None else (id(g), g._version) for g in (p.grad for p in parameters)]
+    return [None if g is None else (id(g), local_part(g)._version) for g in (p.grad for p in parameters)]
 
 
 @torch.no_grad()

@@ -23,7 +23,9 @@ HANDFUL = 8
 class GradientSeal:
     """Notices whatever writes to gradients between two backward passes of a window.
 
-    Version counters see every write but those through ``.data``, NumPy and the like; norms see these.
+    Version counters see every write but those through ``.data``, NumPy and the like; norms see these, unless they leave
+    the length as it is. Of sharded gradients (FSDP2) each rank looks at its own part, once they are synchronised: those
+    that fully_shard holds before are in no ``.grad``, and out of reach of what would write there.
 
     Example:
         >>> weight, seal = Parameter(torch.ones(2)), GradientSeal()

@@ -293,9 +293,7 @@ class Sensor:
         return 0.03 if self._ranks.several else rounding(self.parameters, micro_batches)
 
     def _close_seal(self) -> None:
-        # fully_shard changes .grad between backward passes itself.
-        if not self._ranks.sharded:
-            self._seal.close(self.parameters, self._turn)
+        self._seal.close(self.parameters, self._turn)
 
     def require_untouched(self, window: OpenWindow, call: str, *, stamps: bool = True) -> None:
         """Refuse an open window whose gradients something else has written to since they were measured.
@@ -308,8 +306,6 @@ class Sensor:
         Raises:
             RuntimeError: If another backward pass, ``zero_grad()`` or clipping did, or a write through ``.data``.
         """
-        if self._ranks.sharded:
-            return
         message = f"{call} {_TOUCHED}"
         if stamps and not self._seal.stamped(self.parameters):
             raise RuntimeError(message)
