@@ -102,7 +102,7 @@ class Ranks:
     def forget(self) -> None:
         """Drop what fully_shard has accumulated unsharded: no ``zero_grad()`` reaches it before it is synchronised."""
         for module in self._model.modules() if self.sharded else ():
-            state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+            state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None  # type: ignore[operator]
             # Older versions of torch have one group.
             several = hasattr(state, "_fsdp_param_groups")
             groups = state._fsdp_param_groups if several else [getattr(state, "_fsdp_param_group", None)]
