@@ -430,6 +430,7 @@ class BatchController:
         """Forget the open window: gradients cleared, nothing recorded. The way on after a failed backward pass."""
         self._stepper.abandon()
         self._clear_gradients()
+        self._ranks.forget()
         self._stepper.gate.refuses = None
         self._window, self._restored = OpenWindow(), None
         self._sensor.forget()

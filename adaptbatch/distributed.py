@@ -99,6 +99,18 @@ class Ranks:
                 if self.sharded:
                     self._model.set_requires_gradient_sync(True)  # type: ignore[operator]
 
+    def forget(self) -> None:
+        """Drop what fully_shard has accumulated unsharded: no ``zero_grad()`` reaches it before it is synchronised."""
+        for module in self._model.modules() if self.sharded else ():
+            state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None  # type: ignore[operator]
+            # Older versions of torch have one group.
+            several = hasattr(state, "_fsdp_param_groups")
+            groups = state._fsdp_param_groups if several else [getattr(state, "_fsdp_param_group", None)]
+            for held in (one for group in groups if group is not None for one in group.fsdp_params):
+                held.unsharded_accumulated_grad = None
+                if hasattr(held, "_unsharded_param"):
+                    held._unsharded_param.grad = None
+
     def require_synchronised(self, parameters: Sequence[Parameter]) -> None:
         """Refuse parameters that every rank would train on its own, and hooks that change what the ranks' mean is.
 

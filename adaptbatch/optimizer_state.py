@@ -309,8 +309,11 @@ def _raw_moment(slot: _Slot, key: str) -> Tensor:
 
 def _second_moment_factors(
     optimizer: Optimizer, adjustment: Adjustment, previous: Adjustment
-) -> list[tuple[_Slot, float]]:
-    """What each second moment is multiplied by before the step; nothing where that is 1 for all."""
+) -> list[tuple[_Slot, float | Tensor]]:
+    """What each second moment is multiplied by before the step; nothing where that is 1 for all.
+
+    Where the optimizer counts on a GPU it is a tensor there: nothing waits for it.
+    """
     factor = adjustment.second_moment_factor
     changed = adjustment.beta2_exponent != previous.beta2_exponent
     if factor == 1.0 and not changed:
@@ -324,13 +327,28 @@ def _second_moment_factors(
     ]
     if not changed:
         return [(slot, factor) for slot in slots]
+    if key == "exp_avg_sq" and not all(_on_host(slot.state["step"]) for slot in slots):
+        return [(slot, factor * _ratio(slot, adjustment, previous)) for slot in slots]
     steps = _step_counts(slots)
     new, old = (_corrections(slots, key, steps, value) for value in (adjustment, previous))
     return [(slot, factor * n / o if o > 0.0 else factor) for slot, n, o in zip(slots, new, old, strict=True)]
 
 
+def _on_host(count: Tensor | float) -> bool:
+    return not isinstance(count, Tensor) or count.device.type == "cpu"
+
+
 @torch.no_grad()
-def _multiply(factors: Sequence[tuple[_Slot, float]]) -> None:
+def _ratio(slot: _Slot, adjustment: Adjustment, previous: Adjustment) -> Tensor:
+    """The bias correction under ``adjustment`` over that under ``previous``, 1 before the first step."""
+    count = torch.as_tensor(slot.state["step"])
+    count = count.float() if count.device.type == "mps" else count.double()
+    new, old = (1.0 - torch.pow(slot.beta2(value) or 0.0, count) for value in (adjustment, previous))
+    return torch.where(old > 0.0, new / old, 1.0)
+
+
+@torch.no_grad()
+def _multiply(factors: Sequence[tuple[_Slot, float | Tensor]]) -> None:
     for (group, state), factor in factors:
         for name in ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"):
             if name in state:

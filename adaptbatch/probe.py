@@ -53,6 +53,11 @@ class GradientProbe:
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
         self._own: list[tuple[Parameter, RemovableHandle]] = []
+        # Of what is hooked, and of each kind of it one parameter.
+        self._ids: list[int] = []
+        self._samples: list[tuple[Parameter, _Kind]] = []
+        # Hooks of any kind, of anybody, when ours were found to be the last.
+        self._registered = -1
         self._boards: list[_NormBoard] = []
         self._metric_boards: list[_NormBoard] = []
         self._sum_boards: list[_NormBoard] = []
@@ -92,18 +97,26 @@ class GradientProbe:
 
     def is_attached(self, optimizer: Optimizer) -> bool:
         """Whether the hooks are those of what the optimizer trains now, and the last to see each gradient."""
-        trained = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        return [(id(p), p.device, p.dtype) for p in trained] == self._kinds and self._is_last()
+        trained = [id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        same = trained == self._ids and all((p.device, _norm_dtype(p.dtype)) == kind for p, kind in self._samples)
+        return same and self._is_last()
 
     def _is_last(self) -> bool:
         """Whether no hook of somebody else changes a gradient after it is measured."""
-        return all(next(reversed(p._backward_hooks or _NO_HOOKS)) == handle.id for p, handle in self._own)
+        registered = RemovableHandle.next_id
+        if registered != self._registered:
+            if any(next(reversed(p._backward_hooks or _NO_HOOKS)) != handle.id for p, handle in self._own):
+                return False
+            self._registered = registered
+        return True
 
     def _hook_all(self) -> None:
         """One hook a parameter, and one board of norms for each device and type."""
         places: dict[_Kind, list[int]] = {}
         for index, p in enumerate(self.parameters):
             places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
+        self._ids = [id(p) for p in self.parameters]
+        self._samples = [(self.parameters[members[0]], kind) for kind, members in places.items()]
         for (device, dtype), members in places.items():
             board, metric_board, sum_board = (_NormBoard(len(members), device, dtype) for _ in range(3))
             self._boards.append(board)
@@ -243,6 +256,7 @@ class GradientProbe:
             handle.remove()
         self._handles, self._boards, self._metric_boards, self._kinds, self.parameters = [], [], [], [], []
         self._sum_boards, self._shard_hooks, self._unsharded, self._own = [], {}, {}, []
+        self._registered = -1
         self._scales = None
 
 
@@ -317,11 +331,17 @@ def batch_gradient_sq_norm(parameters: Sequence[Parameter], scales: Sequence[Ten
     if scales is not None:
         pairs = [(p.grad, scale) for p, scale in zip(parameters, scales, strict=True) if p.grad is not None]
         return sum_of_squares([gradient_norm(_scaled(grad, scale)) for grad, scale in pairs])
+    return sum_of_squares(gradient_norms(parameters))
+
+
+def gradient_norms(parameters: Sequence[Parameter]) -> list[Tensor]:
+    """The norms of all gradients, or of this rank's parts of them, those of one device and type in one tensor."""
     kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in parameters:
         if p.grad is not None:
-            kinds.setdefault((p.grad.device, p.grad.dtype, p.grad.is_sparse), []).append(p.grad)
-    return sum_of_squares([torch.stack(_norms_of(grads)) for grads in kinds.values()])
+            grad = local_part(p.grad)
+            kinds.setdefault((grad.device, grad.dtype, grad.is_sparse), []).append(grad)
+    return [torch.stack(_norms_of(grads)) for grads in kinds.values()]
 
 
 def _norms_of(grads: list[Tensor]) -> list[Tensor]:
@@ -341,7 +361,7 @@ def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | N
         >>> gradient_stamps([weight]) == before
         False
     """
-    return [None if g is None else (id(g), g._version) for g in (p.grad for p in parameters)]
+    return [None if g is None else (id(g), local_part(g)._version) for g in (p.grad for p in parameters)]
 
 
 @torch.no_grad()

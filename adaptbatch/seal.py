@@ -8,17 +8,24 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from adaptbatch.probe import HALF, batch_gradient_sq_norm, gradient_stamps
+from adaptbatch.probe import HALF, gradient_norms, gradient_stamps
 
-# Writes that no version counter sees are looked for in all gradients of a training's first windows, where a habit
-# shows, and of one in so many; else in one part of them after the other.
-FIRST, EVERY, PARTS = 2, 256, 32
+# All gradients are looked at in a training's first windows, where a habit shows, and in one of so many.
+FIRST, EVERY = 2, 256
+# Else one part of them after the other, and what no version counter sees, and all counters, at one of so many
+# micro-batches: a sliver of a window, however many they are. Primes, so that every part is looked at after the first
+# micro-batch of a window, the second and so on.
+PARTS, SELDOM = 31, 11
+# So few are looked at whole: it costs no more.
+HANDFUL = 8
 
 
 class GradientSeal:
     """Notices whatever writes to gradients between two backward passes of a window.
 
-    Version counters see every write but those through ``.data``, NumPy and the like; norms see these.
+    Version counters see every write but those through ``.data``, NumPy and the like; norms see these, unless they leave
+    the length as it is. Of sharded gradients (FSDP2) each rank looks at its own part, once they are synchronised: those
+    that fully_shard holds before are in no ``.grad``, and out of reach of what would write there.
 
     Example:
         >>> weight, seal = Parameter(torch.ones(2)), GradientSeal()
@@ -33,42 +40,49 @@ class GradientSeal:
     """
 
     def __init__(self) -> None:
+        self._closes = 0
+        self._known: Sequence[Parameter] = ()
+        self._watched: Sequence[Parameter] = ()
         self._stamps: list[tuple[int, int] | None] = []
         self._part: Sequence[Parameter] = ()
-        self._sq_norm: Tensor | None = None
+        self._norms: list[Tensor] = []
 
     def close(self, parameters: Sequence[Parameter], turn: int) -> None:
         """Take note of ``.grad`` as it is.
 
         Args:
             parameters: All that the optimizer steps.
-            turn: Windows before this one, which say what part of the norms is taken.
+            turn: Windows before this one.
         """
-        self._stamps = gradient_stamps(parameters)
-        present = [p for p in parameters if p.grad is not None]
-        # A handful is looked at whole: it costs no more.
-        parts = 1 if checks_all(turn) else max(1, min(PARTS, len(present) // 4))
-        self._part = present[turn % parts :: parts]
-        self._sq_norm = self._norm()
+        self._closes += 1
+        self._known = parameters
+        whole = checks_all(turn) or len(parameters) < HANDFUL
+        part = parameters if whole else parameters[self._closes % PARTS % len(parameters) :: PARTS]
+        seldom = whole or self._closes % SELDOM == 0
+        self._watched = parameters if seldom else part
+        self._stamps = gradient_stamps(self._watched)
+        self._part = part if seldom else ()
+        self._norms = gradient_norms(self._part)
 
     def stamped(self, parameters: Sequence[Parameter]) -> bool:
         """Whether the same tensors are in ``.grad``, and no operation of torch wrote to them; reads no value.
 
         Parameters that were added since have none.
         """
-        added = len(parameters) - len(self._stamps)
-        return gradient_stamps(parameters) == self._stamps + [None] * added
+        added = [] if len(parameters) == len(self._known) else set(parameters).difference(self._known)
+        return gradient_stamps(self._watched) == self._stamps and all(p.grad is None for p in added)
 
     def rewritten(self) -> Tensor:
         """Whether something else wrote to the part that is looked at: a scalar on the device, not read."""
-        then, now = self._sq_norm, self._norm()
-        if then is None or now is None:
-            return torch.tensor(then is not now)
-        return (then != now) & ~(then.isnan() & now.isnan())
+        then, now = self._norms, gradient_norms(self._part)
+        if [norms.shape for norms in then] != [norms.shape for norms in now]:
+            return torch.tensor(True)
+        found = [_differ(a, b) for a, b in zip(then, now, strict=True)] or [_NO]
+        return found[0] if len(found) == 1 else torch.stack([one.to(found[0].device) for one in found]).any()
 
-    def _norm(self) -> Tensor | None:
-        present = [p for p in self._part if p.grad is not None]
-        return batch_gradient_sq_norm(present) if present else None
+
+def _differ(then: Tensor, now: Tensor) -> Tensor:
+    return ((then != now) & ~(then.isnan() & now.isnan())).any()
 
 
 def checks_all(turn: int) -> bool:
@@ -86,3 +100,6 @@ def rounding(parameters: Sequence[Parameter], micro_batches: int) -> float:
     eps = max((torch.finfo(p.dtype).eps for p in parameters if p.dtype in HALF), default=0.0)
     # Norms are of float32 at least, whose long sums are pairwise.
     return 1e-4 + 4.0 * (micro_batches + 1) * eps
+
+
+_NO = torch.tensor(False)

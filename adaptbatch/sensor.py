@@ -111,6 +111,7 @@ class Sensor:
         self._previous = PreviousGradient() if phase else None
         self._scales: Sequence[Tensor] | None = None
         self._seal = GradientSeal()
+        self._held: list[Parameter] = []
         self._turn = 0
         self._checks_first = True
         self._mean_stamps: list[tuple[int, int] | None] | None = None
@@ -121,12 +122,16 @@ class Sensor:
     @property
     def parameters(self) -> list[Parameter]:
         """All that the optimizer steps: one that is frozen or thawed within a window is part of its gradient."""
-        return list(dict.fromkeys(p for group in self._optimizer.param_groups for p in group["params"]))
+        groups = self._optimizer.param_groups
+        if sum(len(group["params"]) for group in groups) != len(self._held):
+            self._held = list(dict.fromkeys(p for group in groups for p in group["params"]))
+        return self._held
 
     def attach(self) -> None:
         """Hook what the optimizer trains, again where it was replaced; see the probes."""
         self._probe.attach(self._model, self._optimizer)
         self._ranks.require_synchronised(self._probe.parameters)
+        self._held = []
         self._kinds = {p: (p.device, p.dtype) for p in self._probe.parameters}
 
     def follow(self, window: OpenWindow) -> None:
@@ -290,9 +295,7 @@ class Sensor:
         return 0.03 if self._ranks.several else rounding(self.parameters, micro_batches)
 
     def _close_seal(self) -> None:
-        # fully_shard changes .grad between backward passes itself.
-        if not self._ranks.sharded:
-            self._seal.close(self.parameters, self._turn)
+        self._seal.close(self.parameters, self._turn)
 
     def require_untouched(self, window: OpenWindow, call: str, *, stamps: bool = True) -> None:
         """Refuse an open window whose gradients something else has written to since they were measured.
@@ -305,8 +308,6 @@ class Sensor:
         Raises:
             RuntimeError: If another backward pass, ``zero_grad()`` or clipping did, or a write through ``.data``.
         """
-        if self._ranks.sharded:
-            return
         message = f"{call} {_TOUCHED}"
         if stamps and not self._seal.stamped(self.parameters):
             raise RuntimeError(message)
@@ -372,7 +373,7 @@ class Sensor:
         """
         before, now = self._mean_stamps, gradient_stamps(self.parameters)
         # A write past the counters is looked for only where that costs no wait.
-        if now == before and not (self.reads_now and not self._ranks.sharded and self._seal.rewritten()):
+        if now == before and not (self.reads_now and self._seal.rewritten()):
             return None
         if before is not None and any(b is not None and a is None for a, b in zip(now, before, strict=False)):
             raise RuntimeError(_EMPTIED)

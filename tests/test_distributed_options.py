@@ -256,3 +256,71 @@ def test_what_was_frozen_since_it_was_wrapped_may_thaw(found: list[dict[str, Any
 def test_sharded_parameters_that_are_ignored_are_refused(tmp_path: Path):
     for rank in spawn(sharded_ignored, tmp_path):
         assert "2 trained parameters are not synchronised" in rank["error"]
+
+
+SHARDED_WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "zero_grad": lambda model: model.zero_grad(),
+    "clip": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
+    "data": lambda model: [p.grad.to_local().data.mul_(0.5) for p in model.parameters()],
+}
+
+
+def sharded_model(**policy: Any) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = small_model(dtype=torch.float32)
+    for part in (model[0], model):
+        fully_shard(part, mp_policy=MixedPrecisionPolicy(**policy))
+    return model
+
+
+def window_of(c: ab.BatchController, model: nn.Module, rank: int, steps: int = 2, seed: int = 0) -> None:
+    for x in batches([4] * steps, seed=rank + seed, dtype=torch.float32):
+        with c.micro_batch():
+            c.backward(squared(model, x), weight=4)
+
+
+def sharded_faults(rank: int) -> dict[str, Any]:
+    """What is said of each write, and where a window ends that comes after one that was written to or left."""
+    found: dict[str, Any] = {"ends": {}}
+    for sync in ("last", "every"):
+        for name, write in [*SHARDED_WRITES.items(), ("left", None), ("nothing", None)]:
+            model = sharded_model()
+            c = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), sync=sync)
+            if write is not None:
+                window_of(c, model, rank, seed=50)
+                write(model)
+                try:
+                    c.step()
+                except RuntimeError as error:
+                    found[name, sync] = str(error)
+            elif name == "left":
+                window_of(c, model, rank, steps=1, seed=50)
+            c.discard_window()
+            window_of(c, model, rank)
+            c.step()
+            found["ends"][name, sync] = [p.full_tensor().detach() for p in model.parameters()]
+    for left in (False, True):
+        model = sharded_model(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        c = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+        if left:
+            window_of(c, model, rank, steps=1, seed=50)
+            c.discard_window()
+        window_of(c, model, rank)
+        c.step()
+        found["half", left] = [p.full_tensor().detach() for p in model.parameters()]
+    return found
+
+
+@sharding
+def test_sharded_gradients_are_guarded_and_forgotten(tmp_path: Path):
+    """A discarded window leaves nothing behind, not what fully_shard holds unsharded either."""
+    for rank in spawn(sharded_faults, tmp_path):
+        for name in SHARDED_WRITES:
+            for sync in ("last", "every"):
+                assert "found gradients that were changed within the window" in rank[name, sync]
+        for end in rank["ends"].values():
+            for p, q in zip(end, rank["ends"]["nothing", "last"], strict=True):
+                torch.testing.assert_close(p, q)
+        for p, q in zip(rank["half", True], rank["half", False], strict=True):
+            assert torch.equal(p, q)

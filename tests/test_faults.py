@@ -399,6 +399,30 @@ class TestHooksOfOthers:
         c.step()
         assert len(seen) == 2 * len(list(c.model.parameters()))
 
+    @pytest.mark.parametrize("lazy", [1, 3])
+    def test_a_gradient_penalty_is_measured_where_it_is_in_the_loss(self, lazy: int):
+        """A double backward, in every micro-batch or now and then: hooks hear the sum, once."""
+
+        def loss(model: nn.Module, x: Tensor, index: int) -> Tensor:
+            x = x.clone().requires_grad_()
+            plain = squared(model, x)
+            if index % lazy:
+                return plain
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            return plain + slope.square().sum(1).mean()
+
+        c, x = controlled(3), batches([3, 3, 3])
+        parameters = list(c.model.parameters())
+        cells = []
+        for index, one in enumerate(x):
+            found = torch.autograd.grad(loss(c.model, one, index), parameters, allow_unused=True)
+            cells.append(torch.cat([g.flatten() for g in found]))
+            c.backward(loss(c.model, one, index), weight=3)
+        c.step()
+        mean = torch.stack(cells).mean(0)
+        trace = float(sum(3 * (g - mean).square().sum() for g in cells)) / 2
+        assert c.history.to_pandas()["noise_trace"].iloc[0] == pytest.approx(trace, rel=1e-5)
+
     def test_ghost_norms_miss_a_penalty_that_begins_late_and_say_so(self):
         c = controlled(1, ghost=True)
         for index, x in enumerate(batches([6] * 3)):
@@ -489,6 +513,42 @@ def test_a_write_to_a_due_windows_mean_is_its_users(write, windows_before: int):
     applied = [c.optimizer.param_groups[0]["lr"] * g.clone() for g in gradients]
     torch.testing.assert_close(update_of(c.step, c.model), applied, rtol=1e-9, atol=1e-12)
     assert c.history.to_pandas()["applied_grad_norm"].iloc[-1] == pytest.approx(left, rel=1e-6)
+
+
+@pytest.mark.parametrize("windows_before", [0, 5])
+@pytest.mark.parametrize("at", [0, 1], ids=["within", "due"])
+def test_another_networks_loss_that_reaches_these_parameters_is_refused(at: int, windows_before: int):
+    """A discriminator's own loop back-propagates through the generator; requires_grad_(False) keeps it off."""
+    c, judge = controlled(2), nn.Linear(3, 1).double()
+    data = batches([3] * 2 * (windows_before + 1))
+    for x in data[:-2]:
+        c.backward(squared(c.model, x), weight=3)
+        judge(c.model(x).detach()).mean().backward()
+        if c.step_due:
+            c.step()
+    for x in data[-2:][: at + 1]:
+        c.backward(squared(c.model, x), weight=3)
+    judge(c.model(data[0])).mean().backward()
+    with pytest.raises(RuntimeError, match=r"another backward pass.*off\s+these parameters by requires_grad_"):
+        c.step() if at else c.backward(squared(c.model, data[-1]), weight=3)
+    goes_on(c)
+
+
+def test_an_interrupt_within_the_backward_pass_leaves_a_window_to_discard():
+    c, x = controlled(2), batches([3, 3])
+
+    def interrupt(_: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    c.backward(squared(c.model, x[0]), weight=3)
+    handle = c.model[0].weight.register_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        c.backward(squared(c.model, x[1]), weight=3)
+    handle.remove()
+    for call in (lambda: c.backward(squared(c.model, x[1]), weight=3), c.close_window, c.state_dict):
+        with pytest.raises(RuntimeError, match=r"last backward\(\) failed.*discard_window\(\)"):
+            call()
+    goes_on(c)
 
 
 def test_an_optimizer_step_left_in_the_loop_is_refused():

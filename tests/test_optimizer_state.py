@@ -13,7 +13,7 @@ from torch import Tensor, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from adaptbatch import NoiseEstimate
+from adaptbatch import NoiseEstimate, optimizer_state
 from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2
 from adaptbatch.optimizer_state import metric_scales, require_coupling, scaled_step, second_moments
 
@@ -491,3 +491,22 @@ class TestRefusals:
         assert optimizer.param_groups[0]["lr"] == 0.1
         require_coupling(optimizer, LearningRate("linear"))
         require_coupling(optim.RMSprop([self.weight]), coupling)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 30])
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_counts_on_a_device_give_the_same_factors_without_a_read(monkeypatch, steps: int, factor: float):
+    """As fused and capturable optimizers count there: the factor stays a tensor beside the count."""
+    ends = []
+    for on_host in (True, False):
+        monkeypatch.setattr(optimizer_state, "_on_host", lambda count, on_host=on_host: on_host)
+        weight, moved = Parameter(torch.zeros(2, dtype=torch.float64)), Adjustment(beta2_exponent=4.0)
+        adam = optim.Adam([weight], lr=LR, betas=(0.9, 0.99), fused=True)
+        for _ in range(steps):
+            weight.grad = torch.tensor([1.0, -2.0], dtype=torch.float64)
+            adam.step()
+        weight.grad = torch.tensor([0.5, 3.0], dtype=torch.float64)
+        with scaled_step(adam, replace(moved, second_moment_factor=factor), UNTOUCHED):
+            adam.step()
+        ends.append(torch.stack([weight.detach(), adam.state[weight]["exp_avg_sq"]]))
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
-from adaptbatch.seal import EVERY, FIRST, PARTS, GradientSeal, checks_all
+from adaptbatch.seal import EVERY, FIRST, HANDFUL, PARTS, SELDOM, GradientSeal, checks_all
 
 
 def gradients(count: int) -> list[Parameter]:
@@ -35,16 +38,36 @@ def test_habits_show_in_the_first_windows_and_now_and_then(turn: int):
     assert all(noticed(gradients(40), turn))
 
 
-@pytest.mark.parametrize("count", [8, 40, 200])
-def test_in_between_every_gradient_has_its_turn(count: int):
-    parameters, parts = gradients(count), min(PARTS, count // 4)
-    turns = [noticed(parameters, FIRST + 1 + t) for t in range(parts)]
-    assert [sum(column) for column in zip(*turns, strict=True)] == [1] * count
-    assert max(sum(row) for row in turns) == -(-count // parts)
+def first_noticed(count: int, period: int, write: Callable[[Tensor], object], which: slice) -> int:
+    """The micro-batches until writes to some gradients, after one micro-batch in ``period``, are noticed."""
+    parameters, seal, since = gradients(count), GradientSeal(), FIRST + 1
+    for micro_batch in range(1, 10_000):
+        seal.close(parameters, since)
+        if micro_batch % period == 0:
+            for p in parameters[which]:
+                assert p.grad is not None
+                write(p.grad)
+        if not seal.stamped(parameters) or seal.rewritten():
+            return micro_batch
+    raise AssertionError("never noticed")
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [HANDFUL, 20, 40, 200])
+class TestInBetween:
+    def test_what_is_done_to_all_is_noticed_at_once(self, count: int, period: int):
+        assert first_noticed(count, period, lambda g: g.add_(1.0), slice(None)) == period
+        assert first_noticed(count, period, lambda g: g.data.add_(1.0), slice(None)) <= period * SELDOM
+
+    @pytest.mark.parametrize("index", [0, 7, -1])
+    def test_every_gradient_has_its_turn(self, count: int, period: int, index: int):
+        one = slice(index, index + 1 or None)
+        assert first_noticed(count, period, lambda g: g.add_(1.0), one) <= period * SELDOM
+        assert first_noticed(count, period, lambda g: g.data.add_(1.0), one) <= period * SELDOM * PARTS
 
 
 def test_a_handful_is_looked_at_whole():
-    assert all(noticed(gradients(7), FIRST + 3))
+    assert all(noticed(gradients(HANDFUL - 1), FIRST + 3))
 
 
 def test_gradients_that_come_or_go_are_noticed_and_nan_is_itself():

@@ -301,12 +301,12 @@ def test_ours_does_the_work_of_the_hand_written_loop(monkeypatch):
     monkeypatch.setattr(contenders, "STEPS", 2)
     start, x = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False), torch.rand(8, 784)
     ends = []
-    for name in ("hand-written loop", "adaptbatch"):
+    for name in ("hand-written loop", "adaptbatch", "adaptbatch, no checks"):
         net = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False)
         net.load_state_dict(start.state_dict())
         contenders.available()[name](net)(list(x.split(4)))
         ends.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]))
-    assert torch.equal(*ends)
+    assert all(torch.equal(end, ends[0]) for end in ends)
     assert not torch.equal(ends[0], torch.cat([p.detach().reshape(-1) for p in start.parameters()]))
 
 
@@ -321,6 +321,25 @@ def test_ratios_are_taken_within_a_round():
     table = overhead.ratios(seconds).set_index("contender")
     assert table.loc["ours", "ratio"] == pytest.approx(1.1)
     assert table.loc["hand-written loop", "ratio"] == 1.0
+
+
+def test_checks_that_are_switched_off_notice_nothing():
+    net = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False)
+    noticed = []
+    for checked in (True, False):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        c = ab.BatchController(net, optimizer, rule=ab.Fixed(2))
+        if not checked:
+            contenders._switch_off_checks(c)
+        c.backward(net.loss(torch.rand(4, 784)), weight=4)
+        for call in (optimizer.step, lambda: next(net.parameters()).grad.mul_(2.0), c.state_dict):
+            try:
+                call()
+            except RuntimeError as error:
+                noticed.append((checked, str(error)[:20]))
+        c.discard_window()
+        c.close()
+    assert noticed == [(True, "optimizer.step() was"), (True, "state_dict() found g")]
 
 
 def _study(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
