@@ -15,8 +15,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptbatch as ab
+from tests.processes import spawn
 from tests.test_controller import batches, sgd, small_model, squared
-from tests.test_distributed import sharding, spawn
+from tests.test_distributed import sharding
 
 DATA = 6
 
