@@ -17,7 +17,10 @@ import torch.distributed.fsdp
 
 WORLD = 2
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.test_distributed", "tests.test_resume", "torchdata.stateful_dataloader"])
+# What works in them; what cannot be imported is left out.
+CONTEXT.set_forkserver_preload(
+    ["tests.test_distributed", "tests.test_resume", "tests.test_studies", "torchdata.stateful_dataloader"]
+)
 
 
 def spawn(work: Callable[..., Any], folder: Path, *args: Any, world: int = WORLD, timeout: float = 300.0) -> list[Any]:
