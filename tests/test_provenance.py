@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -141,15 +140,6 @@ class TestShown:
     )
     def test_in_the_readme(self, study, section):
         assert section().endswith(provenance.caption(study))
-
-    def test_in_the_paper(self):
-        from pypdf import PdfReader
-
-        pages = PdfReader(io.BytesIO(build.compile_paper()[0])).pages
-        whole = " ".join(" ".join(page.extract_text() for page in pages).split())
-        # The closed loop's are a table and a picture.
-        for study, times in (("closed-loop", 2), ("calibration", 1), ("overhead", 1)):
-            assert whole.count(provenance.caption(study)) >= times, study
 
     def test_both_builds_warn(self, tmp_path, monkeypatch, capsys):
         (tmp_path / "README.md").write_text("")
