@@ -859,7 +859,7 @@ def test_construction_refuses_what_cannot_work(monkeypatch):
     optimizer = sgd(model)
     with pytest.raises(ValueError, match=r"population must be at least 1 example, got population = 0; None: unlimited"):
         ab.BatchController(model, optimizer, population=0)
-    with pytest.raises(ValueError, match=r"scaler must be a torch\.amp\.GradScaler or None, got bool without \['scale'"):
+    with pytest.raises(ValueError, match=r"scaler must be a torch\.amp\.GradScaler or None, got bool without"):
         ab.BatchController(model, optimizer, scaler=False)
     with pytest.raises(ValueError, match=r"min_steps must be at least 2 for RelativeStandardError on one rank"):
         ab.BatchController(model, optimizer, limits=ab.Limits(min_steps=1))
