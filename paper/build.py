@@ -10,6 +10,7 @@ import typst
 
 from paper import contents
 from paper.ledger import Ledger
+from studies import provenance
 from studies.results import RESULTS
 
 HERE = Path(__file__).parent
@@ -25,6 +26,7 @@ def inputs(results: Path = RESULTS) -> dict[str, str]:
         "numbers": {name: number.text for name, number in ledger.numbers.items()},
         "sources": {name: number.source for name, number in ledger.numbers.items()},
         "tables": {name: asdict(table) for name, table in ledger.tables.items()},
+        "measured": {study: provenance.caption(study, results) for study in provenance.MEASURED},
     }
     return {"data": json.dumps(data, sort_keys=True)}
 
@@ -50,7 +52,8 @@ def compile_paper(form: str = "pdf", results: Path = RESULTS, **options: float) 
 
 
 def build(out: Path = OUT) -> Path:
-    """Write ``adaptbatch.pdf``; the place of the file."""
+    """Write ``adaptbatch.pdf``, and say which of its numbers are of other code; the place of the file."""
+    provenance.warn()
     out.mkdir(parents=True, exist_ok=True)
     place = out / "adaptbatch.pdf"
     place.write_bytes(compile_paper()[0])

@@ -15,6 +15,7 @@ from studies import ranks
 from studies import two_networks as two_networks_study
 from studies.analysis import summary
 from studies.figures import closed_loop_figure, quick_figure
+from studies.provenance import record
 from studies.results import RESULTS, write_atomically
 from studies.runner import RUNS, provenance, run_all
 from studies.sweep import Cluster, Preset, Study
@@ -43,6 +44,9 @@ def quick(
     if fresh:
         for run in runs:
             run.path(out).unlink(missing_ok=True)
+    # Where arms are kept from before, so is what is said of their code.
+    if ranks.rank() == 0 and not any(run.stored(out) is not None for run in runs):
+        record("quick", out)
     with ranks.group():
         results = run_all(runs, out, workers)
     if ranks.rank() > 0:
@@ -88,6 +92,7 @@ def overhead(
     for name, table in (("time", seconds), ("cost", times), ("bias", bias)):
         table.attrs = {"provenance": provenance()}
         write_atomically(table, out / f"{name}.parquet")
+    record("overhead", out)
     print(f"tables  {out}")
 
 
@@ -136,6 +141,7 @@ def closed_loop(
         show(shown.drop(columns="rule"), f"{rule}: {study.RULES[rule]!r}, means over {seeds} seeds")
     table.attrs = {"provenance": provenance()}
     write_atomically(table, out / "table.parquet")
+    record("closed-loop", out)
     moving = [profile.name for profile in study.PROFILES if profile.moving]
     closed_loop_figure(windows, table, out / "figure.png", cell=study.CELL, moving=moving)
     print(f"table   {out / 'table.parquet'}\nfigure  {out / 'figure.png'}")
@@ -157,6 +163,7 @@ def calibration(
         print(f"\n{name}\n\n{table.to_string(index=False, float_format=lambda x: f'{x:.3f}')}\n")
         table.attrs = {"provenance": provenance()}
         write_atomically(table, out / f"{name}.parquet")
+    record("calibration", out)
     calibration_figure(tables["coverage"], tables["error"], out / "figure.png")
     print(f"tables  {out}\nfigure  {out / 'figure.png'}")
 

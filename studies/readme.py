@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from studies.analysis import summary
+from studies.provenance import caption, warn
 from studies.verdicts import counted
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +66,7 @@ def quick_section() -> str:
         f"One seed, {len(results):,} optimizer steps in `studies/results/quick/results.parquet`. The adaptive arm "
         f"measured a noise scale of {_scale(first)} examples after {first['examples_seen']:,.0f} examples and "
         f"{_scale(last)} at the end (95 % intervals), and went from {run['accumulation_steps'].iloc[0]} to "
-        f"{run['accumulation_steps'].iloc[-2]} micro-batches of 32."
+        f"{run['accumulation_steps'].iloc[-2]} micro-batches of 32. {caption('quick')}"
     )
 
 
@@ -159,7 +160,7 @@ def loop_section() -> str:
     return (
         f"{markdown(rows)}\n\nWhere one window in four hundred has gradients a thousand to ten thousand times longer, "
         f"the plain moments freeze (rms {rms['CLT, pooled', hard]:.2f} on the ramp) and the typical channel follows "
-        f"(rms {rms['CLT', hard]:.2f})."
+        f"(rms {rms['CLT', hard]:.2f}). {caption('closed-loop')}"
     )
 
 
@@ -254,7 +255,7 @@ def calibration_section() -> str:
         f"In {closer} of {len(compared)} comparisons a peer was closer to the truth than the controller by more than "
         f"two standard errors; {finite} more, of the weakest signal after few windows, have no comparison: the "
         f"controller sometimes says there that the noise scale is unbounded, where estimators that clip give a number. "
-        f"`python -m studies calibration` repeats all of it."
+        f"`python -m studies calibration` repeats all of it. {caption('calibration')}"
     )
 
 
@@ -290,7 +291,7 @@ def overhead_section() -> str:
         "The estimates are unbiased: against the exact per-example covariance of a small network the mean over "
         f"{bias['windows'].iloc[0]:,} windows is off by at most {bias['bias %'].abs().max():.1f} % "
         f"and by no more than {bias['bias in SE'].abs().max():.1f} standard errors, with equal and unequal "
-        "micro-batches. `python -m studies overhead` measures all of this on your machine."
+        f"micro-batches. `python -m studies overhead` measures all of this on your machine. {caption('overhead')}"
     )
 
 
@@ -306,6 +307,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def write() -> None:
-    """Fill README.md in place."""
+    """Fill README.md in place, and say which of its numbers are of other code."""
     path = ROOT / "README.md"
     path.write_text(fill(path.read_text()))
+    warn()

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import adaptbatch as ab
 from tests import reference
+from tests.processes import spawn
 from tests.test_controller import LastDigits, batches, equal_state, sgd, small_model, split, squared
-from tests.test_distributed import spawn
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator

@@ -889,6 +889,8 @@ def test_construction_refuses_what_cannot_work(monkeypatch):
     optimizer = sgd(model)
     with pytest.raises(ValueError, match=r"population must be at least 1 example, got population = 0; None: unlimited"):
         ab.BatchController(model, optimizer, population=0)
+    with pytest.raises(ValueError, match=r"scaler must be a torch\.amp\.GradScaler or None, got bool without"):
+        ab.BatchController(model, optimizer, scaler=False)
     with pytest.raises(ValueError, match=r"min_steps must be at least 2 for RelativeStandardError on one rank"):
         ab.BatchController(model, optimizer, limits=ab.Limits(min_steps=1))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -900,8 +902,9 @@ def test_construction_refuses_what_cannot_work(monkeypatch):
         ab.BatchController(model, optimizer)
     monkeypatch.undo()
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"optimizer must hold at least one parameter with requires_grad=True"):
-        ab.BatchController(model, optimizer)
+    for untrained in (optimizer, torch.optim.SGD([{"params": []}], lr=0.1)):
+        with pytest.raises(ValueError, match=r"optimizer must hold at least one parameter with requires_grad=True"):
+            ab.BatchController(model, untrained)
 
 
 def test_defaults_are_the_documented_ones():

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,34 +18,14 @@ import adaptbatch as ab
 from adaptbatch.checkpoint import STATE_VERSION
 from adaptbatch.loop import Loop
 from tests import reference
+from tests.processes import WORLD, spawn, start_ranks
 from tests.test_controller import batches, sgd, small_model, squared
 
-WORLD = 2
 # Faults of torch, without this package too: 2.6 asks for the streams of a GPU, and gloo of 2.7 sums where FSDP2 wants
 # the mean of float32.
 sharding = pytest.mark.skipif(torch.__version__ < "2.8", reason="FSDP2 of torch 2.6 and 2.7 is broken on CPUs")
 
 REPLICATED_OR_SHARDED = [pytest.param(False, id="replicated"), pytest.param(True, id="sharded", marks=sharding)]
-
-
-def spawn(work: Callable[..., Any], folder: Path, *args: Any, world: int = WORLD, timeout: float = 300.0) -> list[Any]:
-    """What ``work(rank, *args)`` returns on each rank of a gloo group, in a process of its own."""
-    torch.multiprocessing.spawn(_enter, (work, str(folder), world, timeout, args), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-def _enter(rank: int, work: Callable[..., Any], folder: str, world: int, timeout: float, args: Any) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
-    try:
-        torch.save(work(rank, *args), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-    # The result is written. Threads that fully_shard started race the interpreter's end: one run in ten aborted there.
-    os._exit(0)
-
 
 # Micro-batches of each rank, unequal; of the second rank fewer. Replay([2, 1, 3, 2]) cuts them into windows.
 SIZES = [[4, 7, 3, 5, 2, 6, 1, 5, 3, 4], [3, 3, 8, 2, 4, 4, 2]]
@@ -419,7 +395,7 @@ def all_unscoped(rank: int) -> dict[str, Any]:
 
 class TestFaults:
     def test_a_rank_that_dies_is_named_within_the_timeout(self, tmp_path):
-        torch.multiprocessing.spawn(_enter, (dying, str(tmp_path), WORLD, 10.0, (str(tmp_path),)), nprocs=WORLD)
+        start_ranks(dying, tmp_path, str(tmp_path), timeout=10.0)
         message = torch.load(tmp_path / "message.pt")
         assert "rank 0 of 2: the window's all-reduce failed. Another rank died" in message
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,19 +15,20 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptbatch as ab
+from tests.processes import spawn
 from tests.test_controller import batches, sgd, small_model, squared
-from tests.test_distributed import sharding, spawn
+from tests.test_distributed import sharding
 
 DATA = 6
 
 
-def run(model: nn.Module, rank: int, steps: int = 2, **options: Any) -> dict[str, Any]:
+def run(model: nn.Module, rank: int, steps: int = 2, made: Any = sgd, **options: Any) -> dict[str, Any]:
     """Three windows of two micro-batches a rank, or what was said instead."""
     dtype = next(model.parameters()).dtype
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            c = ab.BatchController(model, sgd(model), rule=ab.Fixed(steps), **options)
+            c = ab.BatchController(model, made(model), rule=ab.Fixed(steps), **options)
             for x in c.micro_batches(batches([4] * DATA, seed=rank, dtype=dtype)):
                 c.backward(squared(model, x), weight=4)
                 if c.step_due:
@@ -37,6 +38,10 @@ def run(model: nn.Module, rank: int, steps: int = 2, **options: Any) -> dict[str
     found = {"rows": c.history.to_pandas(), "warnings": [str(one.message) for one in caught]}
     parameters = [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
     return found | {"parameters": parameters}
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters())
 
 
 def half(hook: Any) -> Callable[[int], Any]:
@@ -62,6 +67,10 @@ def static_graph(rank: int) -> Any:
 
 def find_unused(rank: int) -> Any:
     return run(DistributedDataParallel(small_model(), find_unused_parameters=True), rank)
+
+
+def compiled(rank: int) -> Any:
+    return run(torch.compile(DistributedDataParallel(small_model()), backend="eager"), rank)
 
 
 def no_buffers(rank: int) -> Any:
@@ -158,12 +167,12 @@ def beside(rank: int) -> Any:
     return {}
 
 
-def sharded_ignored(rank: int) -> Any:
+def sharded(rank: int, ignored: int = 0, **options: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     model = small_model()
-    fully_shard(model, ignored_params=set(model[0].parameters()))
-    return run(model, rank)
+    fully_shard(model, ignored_params=set(list(model.parameters())[:ignored]))
+    return run(model, rank, **options)
 
 
 JOBS: dict[str, Callable[[int], Any]] = {
@@ -173,6 +182,7 @@ JOBS: dict[str, Callable[[int], Any]] = {
         plain_float,
         static_graph,
         find_unused,
+        compiled,
         no_buffers,
         delayed,
         mixed_precision,
@@ -185,6 +195,13 @@ JOBS: dict[str, Callable[[int], Any]] = {
         beside,
     )
 } | {"fp16": half(default_hooks.fp16_compress_hook)}
+if not sharding.args[0]:
+    JOBS |= {
+        "sharded_ignored": partial(sharded, ignored=2),
+        "sharded_ghost": partial(sharded, ghost=True),
+        "sharded_phase": partial(sharded, phase=True),
+        "sharded_metric": partial(sharded, made=adam, metric="adam"),
+    }
 
 
 def all_jobs(rank: int) -> dict[str, Any]:
@@ -204,7 +221,7 @@ def agree(found: list[dict[str, Any]], name: str) -> list[torch.Tensor]:
     return one["parameters"]
 
 
-@pytest.mark.parametrize("name", ["static_graph", "find_unused", "no_buffers"])
+@pytest.mark.parametrize("name", ["static_graph", "find_unused", "no_buffers", "compiled"])
 def test_works_as_without_the_option(found: list[dict[str, Any]], name: str):
     """Parameters and estimates are those of DDP as it comes, which other tests compare with one process."""
     for p, q in zip(agree(found, name), agree(found, "plain"), strict=True):
@@ -242,6 +259,11 @@ def test_compression_rounds_the_mean_and_not_what_is_measured(found: list[dict[s
         ("thawed_under_way", "2 trained parameters are not synchronised"),
         ("ignored", "2 trained parameters are not synchronised"),
         ("beside", "2 trained parameters are not synchronised"),
+        pytest.param("sharded_ignored", "2 trained parameters are not synchronised", marks=sharding),
+        *(
+            pytest.param(name, "model must not be sharded for ghost norms, the phase or Adam's metric", marks=sharding)
+            for name in ("sharded_ghost", "sharded_phase", "sharded_metric")
+        ),
     ],
 )
 def test_is_refused_by_name_on_every_rank(found: list[dict[str, Any]], name: str, message: str):

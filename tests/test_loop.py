@@ -121,6 +121,35 @@ class TestEvidence:
         assert math.isnan(filled().phase())
 
 
+class TestMemories:
+    """Numbers of the design that a reader is told."""
+
+    def test_half_of_a_windows_seconds_is_of_the_last_hundred(self):
+        loop = Loop(Progress(accumulation_steps=2))
+        for seconds in [0.0] * 3000 + [1.0] * 100:
+            loop = loop.counted(8.0, 2, step_seconds=seconds)
+        assert loop.evidence().step_seconds == pytest.approx(0.5, rel=1e-6)
+
+    def test_the_phase_is_known_from_eight_windows_on(self):
+        loop = Loop(Progress(accumulation_steps=2))
+        for index in range(9):
+            assert math.isnan(loop.phase())
+            one = Measurement(64.0, 4.0, global_batch=8.0, cells=2, consecutive_product=1.0 + index % 2)
+            loop = loop.counted(8.0, 2).heard(Heard(one), memory=1e9)
+        assert loop.phase() > 0.0
+
+    def test_a_window_that_is_short_on_one_rank_says_nothing_of_the_micro_batches(self):
+        whole = Loop(Progress(accumulation_steps=2, world_size=2)).counted(16.0, 4, largest=4.0)
+        short = whole.counted(9.0, 3, largest=4.5)
+        assert (short.progress.cell_examples, short.cells_known, short.unequal) == (4.0, whole.cells_known, 0)
+
+    def test_the_first_size_is_no_change_of_one(self):
+        loop, _ = Loop(Progress(accumulation_steps=2, cell_examples=4.0)).decided(Fixed(4), Limits())
+        assert loop.changed_at == -math.inf
+        loop, _ = loop.counted(16.0, 4).decided(Fixed(8), Limits())
+        assert loop.changed_at == 16.0
+
+
 class TestWhatDoesNotEnter:
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_a_loss_that_is_no_number_is_left_out(self, bad: float):

@@ -161,6 +161,11 @@ class TestReadings:
 
 
 class TestInterval:
+    def test_is_known_from_more_than_one_effective_window_on(self):
+        sure = NoiseEstimate(4.0, 100.0, 1e-12, 1e-10, 0.0, effective_windows=1.5)
+        assert noise.noise_scale_interval(sure) == pytest.approx((25.0, 25.0), rel=0.1)
+        assert all(map(math.isnan, noise.noise_scale_interval(replace(sure, effective_windows=1.0))))
+
     @given(
         st.floats(0.0, 1e3),
         st.floats(-3, 30),

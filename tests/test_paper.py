@@ -13,7 +13,7 @@ import pytest
 import adaptbatch as ab
 from paper import build, contents, method
 from paper.ledger import Ledger, LedgerError, holds, shown
-from studies import depth, momentum
+from studies import depth, momentum, provenance
 from studies.results import RESULTS, write_atomically
 
 PAPER = Path(build.__file__).parent
@@ -140,16 +140,24 @@ class TestNumbers:
         assert shown(-1.25, ".1f") == "−1.2"
 
 
-class TestPdf:
-    def test_it_is_built_the_same_again(self):
-        assert build.compile_paper() == build.compile_paper()
+@pytest.fixture(scope="module")
+def built() -> list[bytes]:
+    return build.compile_paper()
 
-    def test_its_pages_can_be_read(self):
+
+class TestPdf:
+    def test_it_is_built_the_same_again(self, built):
+        assert build.compile_paper() == built
+
+    def test_its_pages_can_be_read(self, built):
         from pypdf import PdfReader
 
-        reader = PdfReader(io.BytesIO(build.compile_paper()[0]))
-        whole = "\n".join(page.extract_text() for page in reader.pages)
+        reader = PdfReader(io.BytesIO(built[0]))
+        whole = " ".join("\n".join(page.extract_text() for page in reader.pages).split())
         assert "Where every number" in whole or "where every number" in whole
         assert "??" not in whole
         for number in json.loads(build.inputs()["data"])["numbers"].values():
             assert number.split()[0] in whole
+        # The closed loop's are a table and a picture.
+        for study, times in (("closed-loop", 2), ("calibration", 1), ("overhead", 1)):
+            assert whole.count(provenance.caption(study)) >= times, study

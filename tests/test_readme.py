@@ -75,3 +75,12 @@ def test_the_columns_and_reasons_are_documented():
         assert f"`{name}`" in TEXT
     for reason in get_args(Reason):
         assert f"`{reason}`" in TEXT
+
+
+def test_every_option_names_a_test_that_is_there():
+    table = TEXT.split("<!-- options: begin -->")[1].split("<!-- options: end -->")[0]
+    named = re.findall(r"`(test_\w+)` \|$", table, re.MULTILINE)
+    assert len(named) == table.count("\n|") - 2
+    files = ("test_distributed.py", "test_distributed_options.py", "test_controller.py")
+    there = set(re.findall(r"def (test_\w+)\(", "".join((ROOT / "tests" / name).read_text() for name in files)))
+    assert set(named) <= there

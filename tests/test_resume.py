@@ -9,9 +9,6 @@ import os
 import pickle
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +21,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import adaptbatch as ab
+from tests.processes import start
 from tests.test_controller import LastDigits, equal_state, small_model, squared
 
 # torchdata calls what torch 2.13 deprecates.
@@ -347,19 +345,19 @@ class TestHostileStates:
 class TestKill:
     def test_a_killed_training_goes_on_to_the_last_bit(self, tmp_path):
         """kill -9 at random moments, also while a checkpoint is written."""
-        code = f"from tests.test_resume import slow_job; slow_job({str(tmp_path)!r})"
         moments, kills = random.Random(0), 0
         for _ in range(20):
-            process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parent.parent)
-            before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns if (tmp_path / "checkpoint.pt").exists() else 0
+            before = _written(tmp_path)
+            process = start(slow_job, str(tmp_path))
             # Some progress each time, then any moment.
-            while process.poll() is None and before == _written(tmp_path):
+            while process.is_alive() and before == _written(tmp_path):
                 time.sleep(0.01)
             time.sleep(moments.uniform(0.0, 0.3))
-            if kills < 3 and process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            if kills < 3 and process.is_alive():
+                process.kill()
                 kills += 1
-            if process.wait() == 0:
+            process.join()
+            if process.exitcode == 0:
                 break
         whole, state = finished(), torch.load(tmp_path / "done.pt")
         assert kills == 3

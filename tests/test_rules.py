@@ -42,6 +42,7 @@ from adaptbatch import (
     noise,
 )
 from adaptbatch.records import Reason
+from adaptbatch.rules.base import growth
 
 RULES = {
     "fixed": Fixed(4),
@@ -243,6 +244,12 @@ def in_numpy(value):
     if isinstance(value, tuple):
         return np.array(value)
     return {bool: np.bool_, int: np.int64, float: np.float64}.get(type(value), lambda same: same)(value)
+
+
+def test_a_growth_is_at_least_one_step():
+    """Where the test asks for one, also if the target rounds to the present size."""
+    assert growth(4, 3.5, Limits()) == (5, "grow")
+    assert growth(4, 3.5, Limits(max_steps=4)) == (4, "at_max")
 
 
 class TestCLTRule:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,12 @@ from torch import nn
 import adaptbatch as ab
 from adaptbatch.history import COLUMNS as HISTORY
 from studies import accuracy, analysis, contenders, data, overhead, quick, schema, training
+from studies.__main__ import app
 from studies.arms import Arm, Warmup
 from studies.networks import Autoencoder, ResidualLayer, fit_width
 from studies.runner import Run, run_all
 from studies.training import Task, evaluate, shuffled_passes, train
-from tests.waiting import until
+from tests.processes import CONTEXT, start
 
 ROOT = Path(__file__).parent.parent
 TINY = Task(
@@ -269,7 +271,7 @@ class TestAnalysis:
 
 class TestCommands:
     @pytest.mark.timeout(240)
-    def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path):
+    def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys):
         command = [sys.executable, "-m", "studies", "quick", "--examples", "4096", "--out", str(tmp_path)]
         first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         for name in ("fixed 256", "fixed 4096", "warmup 256", "adaptive", "spikes", "limits", "results.parquet"):
@@ -278,8 +280,8 @@ class TestCommands:
         results = pd.read_parquet(tmp_path / "results.parquet")
         assert list(results.columns) == list(schema.COLUMNS)
         assert results["arm"].nunique() == 4
-        again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert again.stdout.count("(stored)") == 4
+        app.cli(args=command[3:])
+        assert capsys.readouterr().out.count("(stored)") == 4
 
     def test_the_quick_arms_are_what_their_names_say(self):
         sizes = {arm.name: getattr(arm.rule, "accumulation_steps", 0) * quick.MICRO_BATCH for arm in quick.ARMS}
@@ -342,27 +344,17 @@ def test_checks_that_are_switched_off_notice_nothing():
     assert noticed == [(True, "optimizer.step() was"), (True, "state_dict() found g")]
 
 
-def _study(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *launcher, "-m", "studies", "quick", "--examples", "2000", "--out", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        [*command, *arguments], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def _study(folder: str, open_while_it_runs: Connection) -> None:
+    """``python -m studies quick`` in this process; what it starts holds the connection, too."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        app.cli(args=["quick", "--examples", "2000", "--out", folder, "--workers", "1"])
 
 
-def _wait_until_gone(folder: Path) -> None:
+def _wait_until_gone(ended: Connection) -> None:
     """No process of the study outlives it, killed or not."""
-    until(
-        lambda: not any(_mentions(path, folder) for path in Path("/proc").glob("[0-9]*/cmdline")),
-        f"the processes of the study in {folder} to end",
-    )
-
-
-def _mentions(cmdline: Path, folder: Path) -> bool:
-    try:
-        return str(folder).encode() in cmdline.read_bytes()
-    except OSError:
-        return False
+    assert ended.poll(120.0), "the study's processes go on"
+    with pytest.raises(EOFError):
+        ended.recv()
 
 
 class TestKilled:
@@ -370,23 +362,27 @@ class TestKilled:
         """kill -9 at random moments; what a killed process leaves is whole, and is not computed again."""
         moments, done, kills = random.Random(0), {}, 0
         for attempt in range(12):
-            process = _study(tmp_path, "--workers", "1")
-            deadline = time.monotonic() + moments.uniform(3.0, 8.0)
-            while process.poll() is None and (attempt >= 3 or time.monotonic() < deadline):
-                time.sleep(0.05)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            ended, held = CONTEXT.Pipe(duplex=False)
+            before = set(tmp_path.glob("runs/*"))
+            process = start(_study, str(tmp_path), held)
+            held.close()
+            # Some progress each time, then any moment.
+            while process.is_alive() and before == set(tmp_path.glob("runs/*")):
+                time.sleep(0.01)
+            process.join(moments.uniform(0.0, 1.0) if attempt < 3 else None)
+            if process.is_alive():
+                process.kill()
                 kills += 1
-            finished = process.wait() == 0
-            _wait_until_gone(tmp_path)
+            process.join()
+            _wait_until_gone(ended)
             present = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.glob("runs/*.parquet"))}
             assert done.items() <= present.items()
             assert all(len(pd.read_parquet(path)) > 0 for path in present)
             done = present
-            if finished:
+            if process.exitcode == 0:
                 break
-        assert finished
-        assert kills >= 1
+        assert process.exitcode == 0
+        assert kills == 3
         assert len(done) == 4
         assert all(run.stored(tmp_path) is not None for run in quick.runs(0, 2000))
 
@@ -394,7 +390,9 @@ class TestKilled:
 class TestRanks:
     def test_torchrun_trains_every_run_on_all_ranks(self, tmp_path):
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-        assert _study(tmp_path, launcher=launcher).wait(timeout=500) == 0
+        command = [sys.executable, *launcher, "-m", "studies", "quick", "--examples", "2000", "--out", str(tmp_path)]
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True, timeout=500)
         table = pd.read_parquet(tmp_path / "results.parquet")
         assert set(table["arm"]) == {run.arm.name for run in quick.runs()}
         fixed = table[table["arm"] == "fixed 256"]

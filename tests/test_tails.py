@@ -105,6 +105,14 @@ class TestTypicalChannel:
         assert math.isnan(tracker.estimate().noise_trace)
         assert math.isnan(tracker.tail().excess)
 
+    def test_the_level_is_the_median_of_sixty_four_windows(self):
+        """After 71 windows 33 of the last 64 are ordinary ones, after 73 only 31."""
+        pair, tracker, levels = NoiseEstimate(2.0, 50.0, degrees_of_freedom=3.0), TypicalTracker(), []
+        for scale in [1.0] * 40 + [9.0] * 60:
+            tracker = tracker.update(pair, Measurement(64.0 * scale, 1.0, global_batch=64.0, cells=4), memory=1e5)
+            levels.append(tracker.level)
+        assert (levels[70], levels[71], levels[72]) == (1.0, 5.0, 9.0)
+
 
 class TestTailChannel:
     def test_the_share_is_what_the_bound_cut_off(self):

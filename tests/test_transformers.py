@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptbatch import Fixed, Limits, RelativeStandardError, Replay
+from tests.processes import spawn
 from tests.reference import hand_written_loop
 from tests.test_controller import LastDigits, equal_state, split
-from tests.test_distributed import spawn
 
 transformers = pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
