@@ -7,7 +7,9 @@ fewer than half of its windows stood at a limit; how many did not is reported be
 All runs of a task see 128,000 examples. An arm is compared with the frontier of the fixed batches 16 to 1024, each with
 its own tuned rate (:mod:`studies.fronts`): the ratio of its updates to those that a fixed batch needs for the same
 loss. The loss is ``test_loss``: all normal rows of the test set, at the end of training. Rates are chosen by ``final``
-on the probe set, on three seeds of their own, from the same six rates for every arm; reported seeds are fresh.
+on the probe set, on three seeds of their own, from the same four rates for every arm; reported seeds are fresh. (Six
+rates were planned; 5e-4 and 1e-3 were dropped once three seeds of the smallest batch, where rates are lowest, had ended
+at 36.6 and 33.8 with them, against 32.0 and 31.0 at 2e-3 and 4e-3, before any other batch was run.)
 
 Fixed batches are computed in passes of at most 128 examples: the same examples and the same update, to rounding.
 *Untuned* arms take the rate that was tuned for the batch they start from, two micro-batches (with ghost norms: one), at
@@ -26,9 +28,8 @@ Registered before its runs, after pilots of one to three seeds that are not amon
 * V6: the same as V1 with a constant rate, on the noisy network made trainable (ReZero; scaled branches), on
   Fashion-MNIST and Shuttle.
 
-Plan, on one core: calm MNIST with the decaying rate 126 tuning runs, 56 fixed, 12 untuned arms on 8 seeds, 2 tuned
-arms, controls: about 4.5 hours; the constant rate the same without controls: 3.5; others with four arms and five fixed
-batches: 2 each.
+Plan, on one core that takes 20 ms a pass of 16 examples: calm MNIST with the decaying rate 84 tuning runs, 56 fixed,
+8 untuned arms on 8 seeds, 3 controls: 5 hours; tuned arms and the constant rate 5; others with four arms 2.5 each.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ MICRO_BATCH = 16
 START = 2 * MICRO_BATCH
 PASS = 128
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 TUNING_SEEDS = (1000, 1001, 1002)
 PRICES = (4.0 * START, 32.0 * START)
 PRIMARY = "theta 0.7, root"
@@ -171,8 +172,7 @@ METHODS: tuple[Method, ...] = (
     *_both("theta 0.7", ab.RelativeStandardError(0.7)),
     *_both("theta 1", ab.RelativeStandardError(1.0)),
     *_both("pareto 128", ab.Pareto(PRICES[0])),
-    *_both("pareto 1024", ab.Pareto(PRICES[1])),
-    *_both("theta 0.5", ab.RelativeStandardError(0.5)),
+    Method("pareto 1024", ab.Pareto(PRICES[1])),
     Method("ghost, theta 1", ab.RelativeStandardError(1.0), ghost=True, start=MICRO_BATCH),
 )
 FEW = ("theta 0.7, root", "theta 1, root", "pareto 128, root", "theta 1")
@@ -204,13 +204,14 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
     if any(rate is None for rate in best.values()):
         return
     rates = {n: rate for n, rate in best.items() if rate is not None}
-    for n, make in fixed.items():
-        yield from (_run("final", setting, scale, make(rates[n]), seed, n) for seed in seeds)
     ramp = Method("ramp 2 to 16", ab.Ramp(2, 16, float(scale.examples)))
     methods = [method for method in (*METHODS, ramp) if setting.whole or method.label in FEW]
-    for method in methods:
-        arm = method.arm(rates[method.start if method.start in rates else min(rates)], setting.schedule(scale))
-        yield from (_run("final", setting, scale, arm, seed) for seed in seeds)
+    # Seed by seed, so that what is finished can be compared.
+    for seed in seeds:
+        yield from (_run("final", setting, scale, make(rates[n]), seed, n) for n, make in fixed.items())
+        for method in methods:
+            lr = rates[method.start if method.start in rates else min(rates)]
+            yield _run("final", setting, scale, method.arm(lr, setting.schedule(scale)), seed)
     if not setting.whole:
         return
     yield from _controls(setting, scale, rates, seeds, found)

@@ -3,7 +3,7 @@
 A character language model (three layers of width 64, context 64; :mod:`studies.language`) on a public-domain text split
 by books, AdamW, a learning rate that warms up over a tenth of a million characters and decays linearly to zero.
 Everything is counted in characters, which are the weights of the micro-batches too: 256 in each. Budgets of 1, 4 and 16
-million. Fixed batches of 256 to 8,192, each at its own tuned rate (five rates, three seeds of their own); at 4 million
+million. Fixed batches of 256 to 8,192, each at its own tuned rate (four rates, three seeds of their own); at 4 million
 the three rates around the best at 1 million, at 16 million the best at 4 million. Reported: the loss on the test books
 at the end of training, on eight fresh seeds (16 million: three).
 
@@ -23,7 +23,7 @@ Registered before its runs, after pilots of one or two seeds that are not among 
   rate, and do so over as many rates.
 * L4: ``theta 0.7, root`` and ``pareto 2048, root`` are within 3 % of the loss that the frontier has at their updates.
 
-Plan, on one core: 1 million, pre-LN and post-LN, 0.8 hours each; 4 million pre-LN 2.5; warm-up 0.7; 16 million 1.5.
+Plan, on one core: 1 million, pre-LN and post-LN, 1.5 hours each; 4 million pre-LN 5; warm-up 1; 16 million 3.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ START = 2 * MICRO_BATCH
 PASS = 2048
 WARMUP = 100_000.0
 BATCHES = (256, 512, 1024, 2048, 4096, 8192)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 # Three decades, for the role of the warm-up.
 WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEEDS = (1000, 1001, 1002)
@@ -125,7 +125,6 @@ METHODS: tuple[Method, ...] = (
     *_both("pareto 2048", ab.Pareto(PRICES[0])),
     *_both("theta 1", ab.RelativeStandardError(1.0)),
     Method("pareto 16384", ab.Pareto(PRICES[1]), start=START),
-    Method("theta 0.5", ab.RelativeStandardError(0.5), start=START),
 )
 PRIMARY = ("theta 0.7, root", "pareto 2048, root")
 
@@ -159,11 +158,12 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
 
 
 def _reported(setting: Setting, scale: Scale, rates: dict[int, float], seeds: range) -> Iterator[Run]:
-    for n, lr in rates.items():
-        yield from (_run("final", setting, scale, _fixed(setting, scale, n, lr), seed, n) for seed in seeds)
-    for method in METHODS:
-        arm = replace(method.arm(rates[START], setting.schedule(scale)), optimizer="adamw", beta2=0.99)
-        yield from (_run("final", setting, scale, arm, seed) for seed in seeds)
+    # Seed by seed, so that what is finished can be compared.
+    for seed in seeds:
+        yield from (_run("final", setting, scale, _fixed(setting, scale, n, lr), seed, n) for n, lr in rates.items())
+        for method in METHODS:
+            arm = replace(method.arm(rates[START], setting.schedule(scale)), optimizer="adamw", beta2=0.99)
+            yield _run("final", setting, scale, arm, seed)
 
 
 def _candidates(setting: Setting, scale: Scale, n: int, found: Found) -> tuple[float, ...]:
