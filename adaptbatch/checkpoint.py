@@ -211,7 +211,6 @@ _TEXT = _a(str, "be a text")
 _SCALAR, _GRADIENTS = _tensor(scalar=True), _each(_none_or(_tensor(scalar=False)))
 
 
-
 def _require_measured(name: str, value: Any) -> None:
     """Scalars by the names of what a window may measure."""
     if not isinstance(value, Mapping):

@@ -54,7 +54,8 @@ class BatchController:
 
     It wraps nothing: model, optimizer and loader stay what they are. Between two optimizer steps, a *window*, it takes
     ``k`` micro-batches of any sizes. As soon as it has them, ``.grad`` is exactly the weighted mean over its examples,
-    for every ``k``, unscaled and on all ranks: clip it as in any loop, then :meth:`step`. The next ``k`` is decided by ``rule`` from finished windows only.
+    for every ``k``, unscaled and on all ranks: clip it as in any loop, then :meth:`step`. The next ``k`` is decided by
+    ``rule`` from finished windows only.
 
     Args:
         model: The module being trained: plain, wrapped in DistributedDataParallel, given to ``fully_shard`` (FSDP2),

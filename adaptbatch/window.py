@@ -34,8 +34,9 @@ class OpenWindow:
     Each loss is back-propagated times ``weight / reference``: the weight of all micro-batches that are expected makes
     the accumulated gradient the mean already when they arrive, and keeps it near a mean's size when others do.
     ``cells`` counts this rank's micro-batches, ``all_cells`` those of all ranks, ``pieces`` what was measured on its
-    own: the micro-batches, or their examples. ``due`` says that ``.grad`` is its mean, ``ended`` that the data ended with
-    it, ``stepped`` that its step has begun. ``scale`` is a GradScaler's, ``unscales`` whether the mean is without it.
+    own: the micro-batches, or their examples. ``due`` says that ``.grad`` is its mean, ``ended`` that the data ended
+    with it, ``stepped`` that its step has begun. ``scale`` is a GradScaler's, ``unscales`` whether the mean is without
+    it.
     ``extra`` holds what only some windows measure, by the name of its :class:`~adaptbatch.records.Measurement` field.
     """
 

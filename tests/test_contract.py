@@ -325,7 +325,10 @@ class Contract(RuleBasedStateMachine):
         parts = (self.ours, self.optimizer, self.controller, self.twin, self.plain)
         self.saved = {"parts": copy.deepcopy([part.state_dict() for part in parts])}
         names = ("taken", "turn", "seen", "finished", "k", "added")
-        self.saved |= {name: getattr(self, name) for name in names} | {"window": list(self.window), "clips": list(self.clips)}
+        self.saved |= {name: getattr(self, name) for name in names} | {
+            "window": list(self.window),
+            "clips": list(self.clips),
+        }
 
     @precondition(lambda self: self.saved is not None)
     @rule(fresh=st.booleans())
