@@ -1,79 +1,47 @@
 """Batch size that adapts to gradient noise.
 
-The house: ``probe`` hears gradients, ``noise`` weighs noise against signal, ``rules`` decides, ``controller`` acts.
+A window of micro-batches is *accumulated* to the exact mean gradient and *measured* on the way; ``estimate`` weighs its
+noise against its signal, ``rules`` decide how many micro-batches the next window takes, and the ``BatchController``
+holds them together. ``optimizer`` takes the step, ``reporting`` shows what happened, ``integrations`` bring it into
+trainers. Imports point down this list::
+
+    controller, integrations    reporting    accumulate, measure, optimizer    rules    estimate    records
 """
 
-from adaptbatch import noise
-from adaptbatch.controller import BatchController
-from adaptbatch.history import History
-from adaptbatch.learning_rate import LearningRate
-from adaptbatch.noise import NoiseTracker
-from adaptbatch.page import report
-from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Response, Tail
-from adaptbatch.rules import (
-    CABS,
-    AnyOf,
-    CosineSimilarity,
-    DiveBatch,
-    Fixed,
-    Goodput,
-    Guard,
-    InnerProductTest,
-    Limits,
-    NoiseScale,
-    NormTest,
-    Pareto,
-    Ramp,
-    RelativeStandardError,
-    Replay,
-    Rule,
-    Schedule,
-    Seesaw,
-    StandardError,
-    decide,
-)
-from adaptbatch.schedule import ScheduleDriver
-from adaptbatch.watch import Logger, ProgressLine, TensorBoardLogger, WandbLogger
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from adaptbatch.controller import BatchController
+from adaptbatch.optimizer.learning_rate import LearningRate
+from adaptbatch.optimizer.schedule import ScheduleDriver
+from adaptbatch.reporting.history import History
+from adaptbatch.rules import Fixed, Guard, Limits, Pareto, Ramp, RelativeStandardError, Schedule, StandardError
+
+if TYPE_CHECKING:
+    from adaptbatch.reporting.html import report
+
+__version__ = "0.2.0.dev0"
 
 __all__ = [
-    "CABS",
-    "AnyOf",
     "BatchController",
-    "CosineSimilarity",
-    "Decision",
-    "DiveBatch",
-    "Evidence",
     "Fixed",
-    "Goodput",
     "Guard",
     "History",
-    "InnerProductTest",
     "LearningRate",
     "Limits",
-    "Logger",
-    "Measurement",
-    "NoiseEstimate",
-    "NoiseScale",
-    "NoiseTracker",
-    "NormTest",
     "Pareto",
-    "Progress",
-    "ProgressLine",
     "Ramp",
     "RelativeStandardError",
-    "Replay",
-    "Response",
-    "Rule",
     "Schedule",
     "ScheduleDriver",
-    "Seesaw",
     "StandardError",
-    "Tail",
-    "TensorBoardLogger",
-    "WandbLogger",
-    "decide",
-    "noise",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Pages bring plotting libraries: they are loaded for whoever asks for one.
+    if name == "report":
+        from adaptbatch.reporting.html import report
+
+        return report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

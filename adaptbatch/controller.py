@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from adaptbatch import noise
-from adaptbatch.checkpoint import STATE_VERSION, require_state
+from adaptbatch import estimate
+from adaptbatch.accumulate.ranks import Ranks, Sync, require_agreement
+from adaptbatch.accumulate.stream import Stream
+from adaptbatch.accumulate.window import FinishedWindow, OpenWindow
 from adaptbatch.checks import (
     checked_weight,
     require_kind,
@@ -29,19 +31,17 @@ from adaptbatch.checks import (
     require_shared_parameter,
     require_unit,
 )
-from adaptbatch.distributed import Ranks, Sync, require_agreement
-from adaptbatch.explain import explain
-from adaptbatch.history import History, decision_row
-from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
-from adaptbatch.loop import Loop
-from adaptbatch.optimizer_state import applied_beta2
-from adaptbatch.probe import all_gradients_finite
+from adaptbatch.measure.norms import all_gradients_finite
+from adaptbatch.measure.sensor import Metric, Sensor
+from adaptbatch.optimizer.learning_rate import UNTOUCHED, Adjustment, LearningRate
+from adaptbatch.optimizer.second_moment import applied_beta2
+from adaptbatch.optimizer.step import Stepper
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress
+from adaptbatch.reporting.explain import explain
+from adaptbatch.reporting.history import History, decision_row
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule
-from adaptbatch.sensor import Metric, Sensor
-from adaptbatch.stepping import Stepper
-from adaptbatch.stream import Stream
-from adaptbatch.window import FinishedWindow, OpenWindow
+from adaptbatch.schema import STATE_VERSION, require_state
+from adaptbatch.state import Loop
 
 # Windows between two measurements of how much the ranks' data differ, each of which costs one more norm.
 SHARDS_EVERY = 16
@@ -61,16 +61,18 @@ class BatchController:
         model: The module being trained: plain, wrapped in DistributedDataParallel, given to ``fully_shard`` (FSDP2),
             compiled.
         optimizer: Its optimizer; the trainable parameters in its groups are measured.
-        rule: Any :class:`~adaptbatch.Rule`; None is ``RelativeStandardError()``.
+        rule: Any :class:`~adaptbatch.rules.Rule`; None is ``RelativeStandardError()``.
         limits: Bounds on ``k``; None is ``Limits()``, or none for a rule that reads no noise, without a guard. They may
             be replaced under way: :attr:`limits`.
         metric: ``"euclidean"``, or ``"adam"``: the decision is made in the coordinates in which the optimizer
             descends, squared gradients weighted by ``1 / (sqrt(v) + eps)`` with the second moment of the step before
-            (:func:`~adaptbatch.optimizer_state.metric_scales`), once that is warm. Costs a second norm of gradients.
+            (:func:`~adaptbatch.optimizer.second_moment.metric_scales`), once that is warm. Costs a second norm of
+            gradients.
         population: Examples in the data set, when batches are drawn from it without replacement and its own gradient
             is the target (finite-population correction); in the unit of the weights. None: unlimited.
         ghost: Measure every example on its own, so that one micro-batch holds evidence and ``k`` may be 1; for models
-            of the layers that :class:`~adaptbatch.ghost.GhostProbe` knows. ``weight`` is then the number of examples.
+            of the layers that :class:`~adaptbatch.measure.ghost.GhostProbe` knows. ``weight`` is then the number of
+            examples.
         scaler: The loop's ``torch.amp.GradScaler``: :meth:`backward` scales, statistics and the due window's ``.grad``
             are unscaled, :meth:`step` steps through it and updates it.
         process_group: The ranks that share each step; None: DDP's own, or the default group.
@@ -552,7 +554,7 @@ class BatchController:
         self._require_due("layer_noise()")
         population = self._loop.progress.population
         parts = self._sensor.layer_measurements(self._window)
-        return {name: noise.estimate(part, population) for name, part in parts.items()}
+        return {name: estimate.estimate_window(part, population) for name, part in parts.items()}
 
     def _skips(self, window: FinishedWindow) -> bool:
         """Whether the step is left out: its gradients are not finite, or the guard says so."""
@@ -636,7 +638,7 @@ class BatchController:
         if window.row is None:
             return
         measured = window.measurement
-        pair = noise.estimate(measured, self._loop.progress.population) if measured.finite else _NO_EVIDENCE
+        pair = estimate.estimate_window(measured, self._loop.progress.population) if measured.finite else _NO_EVIDENCE
         self.history.amend(
             window.row,
             {

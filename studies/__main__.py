@@ -104,7 +104,7 @@ def two_networks(
     workers: Annotated[int, tyro.conf.arg(help="processes, one thread each")] = 2,
 ) -> None:
     """One rule on a noisy and on a well-behaved network, against fixed batches; finished runs are kept."""
-    from adaptbatch.tails import EXCEEDANCE
+    from adaptbatch.estimate.typical import EXCEEDANCE
     from studies.channel_designs import designs
     from studies.channel_figure import channel_figure
 

@@ -107,7 +107,7 @@ class Arm:
     """
 
     name: str
-    rule: ab.Rule
+    rule: ab.rules.Rule
     lr: float
     schedule: Schedule = Constant()
     max_steps: int = 64

@@ -116,11 +116,11 @@ def intervals(case: Case, traces: Array, signals: Array) -> Array:
     """Limits of the 95 % interval, ``[runs, 2]``."""
     limits = np.empty((len(traces), 2))
     for run, series in enumerate(zip(traces.tolist(), signals.tolist(), strict=True)):
-        tracker = ab.NoiseTracker()
+        tracker = ab.estimate.NoiseTracker()
         for trace, signal in zip(*series, strict=True):
-            window = ab.NoiseEstimate(signal, trace, degrees_of_freedom=case.cells - 1.0)
+            window = ab.records.NoiseEstimate(signal, trace, degrees_of_freedom=case.cells - 1.0)
             tracker = tracker.update(window, BATCH, memory=case.half_life * BATCH)
-        limits[run] = ab.noise.noise_scale_interval(tracker.estimate(), CONFIDENCE)
+        limits[run] = ab.estimate.noise_scale_interval(tracker.estimate(), CONFIDENCE)
     return limits
 
 
@@ -238,7 +238,9 @@ class Controller:
     def noise_scale(self) -> float:
         """Windows of one size have one weight."""
         history = self.controller.history.to_pandas()
-        return ab.noise.noise_scale(ab.NoiseEstimate(history["grad_sq_norm"].mean(), history["noise_trace"].mean()))
+        return ab.estimate.noise_scale(
+            ab.records.NoiseEstimate(history["grad_sq_norm"].mean(), history["noise_trace"].mean())
+        )
 
 
 class ExampleCells:
@@ -254,13 +256,13 @@ class ExampleCells:
         (gradients,) = torch.autograd.grad(losses, [self.model.theta], torch.eye(n), is_grads_batched=True)
         rows = gradients.double()
         sq_norms, batch_sq_norm = float(rows.square().sum()), float(rows.mean(dim=0).square().sum())
-        pair = ab.noise.estimate(ab.Measurement(sq_norms, batch_sq_norm, float(n), n))
+        pair = ab.estimate.estimate_window(ab.records.Measurement(sq_norms, batch_sq_norm, float(n), n))
         self.pairs.append((pair.grad_sq_norm, pair.noise_trace))
 
     def noise_scale(self) -> float:
         """The ratio of means."""
         signal, trace = np.mean(self.pairs, axis=0).tolist()
-        return ab.noise.noise_scale(ab.NoiseEstimate(signal, trace))
+        return ab.estimate.noise_scale(ab.records.NoiseEstimate(signal, trace))
 
 
 # So near 1 that no window weighs more than another, and far enough for a double to tell it from 1.

@@ -4,7 +4,7 @@ All are computed from the committed rows of fixed arms, whose batch no rule move
 
 =====================  ===========================================================================================
 pooled B               ratio of sums, ``sum S_t / sum g_t``: what the plain rule decides on
-typical B              the typical channel's, at the end of the run (:mod:`adaptbatch.tails`)
+typical B              the typical channel's, at the end of the run (:mod:`adaptbatch.estimate.typical`)
 median of means B      ratio of the medians of 30 block means of ``S_t`` and ``g_t``
 self-normalised t      Student's t of ``D_t / (|S_t| / n + |g_t|)``, ``D_t = S_t / n - g_t``: above 2.33 asks for growth
 top 5 % share          of ``sum S_t``, held by the largest twentieth of the windows

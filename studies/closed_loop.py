@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 import adaptbatch as ab
-from adaptbatch.loop import Heard, Loop
+from adaptbatch.state import Heard, Loop
 
 CELL, DIMENSION, EXAMPLES = 32, 20, 3e6
 LIMITS = ab.Limits(max_steps=256)
@@ -78,20 +78,20 @@ PROFILES = (
 
 # Where a rule has a knob for the batch it looks for, it is set to n = B, with the noise that |g|^2 contains counted in:
 # tr(Sigma) / (n |g|^2) is 1/2 at n = B, the cosine of two halves 1/3. Pareto and Goodput look for sqrt(400 B).
-RULES: dict[str, ab.Rule] = {
+RULES: dict[str, ab.rules.Rule] = {
     "CLT": ab.RelativeStandardError(),
     "CLT, pooled": ab.RelativeStandardError(channel="pooled"),
     "CLT, holds at floor": ab.RelativeStandardError(at_floor="hold"),
     "CLT, guarded": ab.RelativeStandardError(),
-    "norm test": ab.NormTest(theta=math.sqrt(0.5)),
-    "norm test, debiased": ab.NormTest(theta=1.0, debiased=True, grow_only=False),
-    "inner product": ab.InnerProductTest(nu=math.sqrt(0.5)),
-    "cosine": ab.CosineSimilarity(target=1 / 3),
-    "CABS": ab.CABS(scale=0.5),
-    "noise scale": ab.NoiseScale(),
+    "norm test": ab.rules.NormTest(theta=math.sqrt(0.5)),
+    "norm test, debiased": ab.rules.NormTest(theta=1.0, debiased=True, grow_only=False),
+    "inner product": ab.rules.InnerProductTest(nu=math.sqrt(0.5)),
+    "cosine": ab.rules.CosineSimilarity(target=1 / 3),
+    "CABS": ab.rules.CABS(scale=0.5),
+    "noise scale": ab.rules.NoiseScale(),
     "Pareto": ab.Pareto(price=STEP_SECONDS / EXAMPLE_SECONDS),
-    "goodput": ab.Goodput(initial_batch=2 * CELL),
-    "DiveBatch": ab.DiveBatch(delta=1.0, epoch_examples=50_000),
+    "goodput": ab.rules.Goodput(initial_batch=2 * CELL),
+    "DiveBatch": ab.rules.DiveBatch(delta=1.0, epoch_examples=50_000),
 }
 # Rules that are run with one; nothing is there to be skipped.
 GUARDS = {"CLT, guarded": ab.Guard(max_skips=0)}
@@ -99,7 +99,7 @@ DEFAULT = "CLT"
 
 
 def simulate(
-    rule: ab.Rule,
+    rule: ab.rules.Rule,
     profile: Profile,
     seed: int,
     examples: float = EXAMPLES,
@@ -116,7 +116,7 @@ def simulate(
         phase: Whether the inner product of consecutive gradients is measured.
         guard: Overrules the rule upwards.
     """
-    rng, loop, rows = np.random.default_rng(seed), Loop(ab.Progress(accumulation_steps=2)), []
+    rng, loop, rows = np.random.default_rng(seed), Loop(ab.records.Progress(accumulation_steps=2)), []
     position, last = _start(profile), np.full(DIMENSION, math.nan)
     while loop.progress.examples_seen < examples:
         u, k = loop.progress.examples_seen / examples, loop.progress.accumulation_steps
@@ -153,7 +153,7 @@ def _moments(profile: Profile, u: float, position: np.ndarray | None) -> tuple[n
 
 def draw_window(
     rng: np.random.Generator, cells: int, mean: np.ndarray, variance: float, student: float = math.inf
-) -> tuple[ab.Measurement, np.ndarray]:
+) -> tuple[ab.records.Measurement, np.ndarray]:
     """The squared norms of ``cells`` micro-batches, and their mean gradient.
 
     For Gaussian examples the cells' deviations are independent of their mean ``g`` and as large in every direction:
@@ -180,10 +180,10 @@ def draw_window(
         sq_norm = float(gradient @ gradient)
         radial = n * sq_norm + variance * rng.chisquare(cells - 1)
         total = radial + variance * rng.chisquare((d - 1) * (cells - 1))
-    return ab.Measurement(total, sq_norm, n, cells, radial), gradient
+    return ab.records.Measurement(total, sq_norm, n, cells, radial), gradient
 
 
-def longer(window: ab.Measurement, factor: float) -> ab.Measurement:
+def longer(window: ab.records.Measurement, factor: float) -> ab.records.Measurement:
     """The window, had every gradient in it been ``factor`` times longer."""
     return replace(
         window,

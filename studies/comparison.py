@@ -107,7 +107,7 @@ class Method:
         return replace(self.make(params), name=self.name)
 
 
-def fixed(batch: int) -> ab.Rule:
+def fixed(batch: int) -> ab.rules.Rule:
     """A fixed batch."""
     return ab.Fixed(batch // MICRO_BATCH)
 
@@ -220,11 +220,11 @@ def _controls(
     order = np.random.default_rng(seed).permutation(len(stretches))
     shuffled = np.concatenate([stretches[index] for index in order])
     variants = {
-        "replay": replace(arm, rule=ab.Replay(tuple(k.tolist()))),
+        "replay": replace(arm, rule=ab.rules.Replay(tuple(k.tolist()))),
         "rate follows root": replace(arm, rule=start, schedule=follow),
         "rate follows": replace(arm, rule=start, schedule=replace(follow, power=1.0)),
         "constant mean": replace(arm, rule=ab.Fixed(mean)),
-        "random switching": replace(arm, rule=ab.Replay(tuple(shuffled.tolist()))),
+        "random switching": replace(arm, rule=ab.rules.Replay(tuple(shuffled.tolist()))),
     }
     for name, variant in variants.items():
         yield labelled("control", network, data, scale, replace(variant, name=name), seed, name)

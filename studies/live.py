@@ -148,7 +148,7 @@ class Method:
     """
 
     name: str
-    rule: ab.Rule
+    rule: ab.rules.Rule
     coupled: bool = True
     ghost: bool = False
     start: int = START
@@ -164,7 +164,7 @@ class Method:
         return Arm(name or self.label, self.rule, lr, schedule, coupling=coupling, ghost=self.ghost)
 
 
-def _both(name: str, rule: ab.Rule) -> tuple[Method, Method]:
+def _both(name: str, rule: ab.rules.Rule) -> tuple[Method, Method]:
     return Method(name, rule), Method(name, rule, coupled=False)
 
 
@@ -273,7 +273,7 @@ def _controls(setting: Setting, scale: Scale, rates: dict[int, float], seeds: ra
         k = np.repeat(recorded["schedule_k"], recorded["schedule_windows"]).astype(int)
         mean = max(1, round(recorded["mean_batch"] / MICRO_BATCH))
         variants = {
-            "replay": replace(arm, rule=ab.Replay(tuple(k.tolist()))),
+            "replay": replace(arm, rule=ab.rules.Replay(tuple(k.tolist()))),
             "constant mean": replace(arm, rule=ab.Fixed(mean)),
         }
         for name, variant in variants.items():

@@ -73,7 +73,7 @@ def rows(scale: Scale) -> dict[str, tuple[Arm, int]]:
     }
 
 
-def _arm(name: str, rule: ab.Rule, lr: float, **changes: Any) -> Arm:
+def _arm(name: str, rule: ab.rules.Rule, lr: float, **changes: Any) -> Arm:
     return Arm(name, rule, lr, **changes)
 
 

@@ -116,7 +116,7 @@ LARGE = Setting(16)
 LARGE_SEEDS = 3
 
 
-def _both(name: str, rule: ab.Rule) -> tuple[Method, Method]:
+def _both(name: str, rule: ab.rules.Rule) -> tuple[Method, Method]:
     return Method(name, rule, start=START), Method(name, rule, coupled=False, start=START)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
-from adaptbatch import Measurement, NoiseEstimate
+from adaptbatch.records import Measurement, NoiseEstimate
 
 Array = NDArray[np.float64]
 

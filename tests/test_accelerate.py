@@ -45,7 +45,7 @@ def train(controller: ab.BatchController, data, epochs: int = 1) -> None:
 
 def test_unequal_and_partial_windows_equal_true_large_batches():
     """Eleven micro-batches an epoch, the last one of two examples: windows of 2, 3, 1, 4 and 1, then 4, 4 and 3."""
-    controller, data = prepared(Accelerator(cpu=True), rule=ab.Replay([2, 3, 1, 4]))
+    controller, data = prepared(Accelerator(cpu=True), rule=ab.rules.Replay([2, 3, 1, 4]))
     train(controller, data, epochs=2)
     micro = [x for (x,) in loader()]
     twin = small_model()
@@ -73,7 +73,7 @@ def ranked(rank: int, even_batches: bool) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=even_batches))
     plain = small_model()
     model, optimizer, data = accelerator.prepare(plain, sgd(plain), loader() if even_batches else unequal())
-    controller, seen = controller_for(accelerator, model, optimizer, rule=ab.Replay([2, 3, 4])), []
+    controller, seen = controller_for(accelerator, model, optimizer, rule=ab.rules.Replay([2, 3, 4])), []
     for _ in range(2):
         windows: list[list[torch.Tensor]] = [[]]
         for (x,) in controller.micro_batches(data):

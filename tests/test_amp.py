@@ -192,7 +192,7 @@ class TestCompile:
             loss = squared if what == "model" else torch.compile(squared, backend="aot_eager")
             data = batches([8] * 12, dtype=torch.float32)
             if who == "controller":
-                with ab.BatchController(compiled, sgd(model), rule=ab.Replay([1, 2, 3, 6])) as controller:
+                with ab.BatchController(compiled, sgd(model), rule=ab.rules.Replay([1, 2, 3, 6])) as controller:
                     run(controller, data, loss)
                 assert controller.history.to_pandas()["noise_trace"].iloc[-1] > 0.0
             else:

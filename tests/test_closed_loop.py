@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import adaptbatch as ab
-from adaptbatch import noise
+from adaptbatch import estimate
 from studies import closed_loop
 from studies.closed_loop import CELL, DIMENSION, FLOOR, LIMITS, RULES, Profile
 from studies.figures import closed_loop_figure
@@ -36,14 +36,14 @@ def made_of_vectors(name: str, cells: int = 4, draws: int = 4000) -> np.ndarray:
         each = examples.mean(axis=1)
         g = each.mean(axis=0)
         radial = CELL * np.sum((each @ g) ** 2) / (g @ g)
-        window = ab.Measurement(CELL * np.sum(each**2), g @ g, float(cells * CELL), cells, radial)
+        window = ab.records.Measurement(CELL * np.sum(each**2), g @ g, float(cells * CELL), cells, radial)
         found.append(QUANTITIES[name](window))
     return np.array(found)
 
 
 QUANTITIES = {
-    "trace": lambda window: noise.estimate(window).noise_trace,
-    "signal": lambda window: noise.estimate(window).grad_sq_norm,
+    "trace": lambda window: estimate.estimate_window(window).noise_trace,
+    "signal": lambda window: estimate.estimate_window(window).grad_sq_norm,
     "total": lambda window: window.weighted_sq_norms,
     "length": lambda window: window.batch_sq_norm,
     "radial": lambda window: window.radial_sq_norms,
@@ -86,8 +86,8 @@ class TestWindows:
 
     def test_that_are_longer_have_the_same_noise_scale(self):
         window, _ = closed_loop.draw_window(np.random.default_rng(0), 4, MEAN, VARIANCE)
-        pair, long = noise.estimate(window), noise.estimate(closed_loop.longer(window, 1e3))
-        assert noise.noise_scale(long) == pytest.approx(noise.noise_scale(pair), rel=1e-9)
+        pair, long = estimate.estimate_window(window), estimate.estimate_window(closed_loop.longer(window, 1e3))
+        assert estimate.noise_scale(long) == pytest.approx(estimate.noise_scale(pair), rel=1e-9)
         assert long.grad_sq_norm == pytest.approx(1e6 * pair.grad_sq_norm)
 
 
@@ -95,13 +95,15 @@ class TestWindows:
 class Listener:
     """Four steps always; keeps what it is told."""
 
-    heard: list[ab.Evidence] = field(default_factory=list)
+    heard: list[ab.records.Evidence] = field(default_factory=list)
     closed_loop = True
     memory = None
 
-    def decide(self, evidence: ab.Evidence, progress: ab.Progress, limits: ab.Limits) -> ab.Decision:
+    def decide(
+        self, evidence: ab.records.Evidence, progress: ab.records.Progress, limits: ab.Limits
+    ) -> ab.records.Decision:
         self.heard.append(evidence)
-        return ab.Decision(4, math.nan, "hold")
+        return ab.records.Decision(4, math.nan, "hold")
 
 
 class TestFloor:
@@ -110,7 +112,7 @@ class TestFloor:
         listener = Listener()
         closed_loop.simulate(listener, PROFILES["noise floor"], seed=0, examples=1e6, phase=True)
         settled = [evidence.window for evidence in listener.heard[1000:]]
-        signals = np.array([noise.estimate(window).grad_sq_norm for window in settled])
+        signals = np.array([estimate.estimate_window(window).grad_sq_norm for window in settled])
         products = np.array([window.consecutive_product for window in settled])
         truth = DIMENSION / (FLOOR * 4 * CELL)
         for found, expected in ((signals, truth), (products, -truth)):

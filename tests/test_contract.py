@@ -72,7 +72,7 @@ class Contract(RuleBasedStateMachine):
         return ab.BatchController(
             model,
             optimizer,
-            rule=ab.Replay(self.steps),
+            rule=ab.rules.Replay(self.steps),
             phase=self.phase,
             limits=self.limits,
             scaler=self.scaler,
@@ -412,7 +412,7 @@ WRONG: list[tuple[str, Callable[[], object], str]] = [
     ("memory", lambda: ab.RelativeStandardError(memory=-1.0), r"memory must be .* got memory = -1\.0"),
     ("dead_time", lambda: ab.RelativeStandardError(dead_time=-1.0), r"dead_time must be .* got dead_time = -1\.0"),
     ("fixed", lambda: ab.Fixed(0), r"accumulation_steps must be .* got accumulation_steps = 0"),
-    ("replay", lambda: ab.Replay([]), r"accumulation_steps must .* got"),
+    ("replay", lambda: ab.rules.Replay([]), r"accumulation_steps must .* got"),
     ("one step", build(limits=ab.Limits(min_steps=1)), r"min_steps must be at least 2 for RelativeStandardError"),
     ("limits of another kind", build(limits={"max_steps": 4}), r"limits must be a Limits, got \{'max_steps': 4\}; Lim"),
     ("new limits", limit((1, 4)), r"limits must be a Limits, got \(1, 4\); Limits\(max_steps=64\) allows up to 64"),

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adaptbatch as ab
-from adaptbatch import Progress
-from adaptbatch.history import COLUMNS
-from adaptbatch.loop import Loop
+from adaptbatch.records import Progress
+from adaptbatch.reporting.history import COLUMNS
+from adaptbatch.state import Loop
 from tests import reference
 from tests.test_probe import Checkpointed, TiedLanguageModel
 
@@ -48,7 +48,7 @@ def batches(sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.floa
 
 def run(
     controller: ab.BatchController, data: Sequence[Tensor], loss: Callable[[nn.Module, Tensor], Tensor] = squared
-) -> list[ab.Decision]:
+) -> list[ab.records.Decision]:
     decisions = []
     for x in controller.micro_batches(data):
         controller.backward(loss(controller.model, x), weight=len(x))
@@ -81,7 +81,7 @@ class TestExactness:
     def test_any_windows_equal_single_large_batches(self, sizes, steps, optimizer):
         """Grown, shrunk, partial last windows and unequal micro-batches: each step is the mean over its examples."""
         data, ours, twin = batches(sizes), small_model(), small_model()
-        with ab.BatchController(ours, optimizer(ours), rule=ab.Replay(steps)) as controller:
+        with ab.BatchController(ours, optimizer(ours), rule=ab.rules.Replay(steps)) as controller:
             run(controller, data)
         windows = split(data, steps)
         reference.hand_written_loop(twin, optimizer(twin), squared, windows)
@@ -361,10 +361,12 @@ class LastDigits:
     closed_loop = True
     memory = 100.0
 
-    def decide(self, evidence: ab.Evidence, progress: ab.Progress, limits: ab.Limits) -> ab.Decision:
+    def decide(
+        self, evidence: ab.records.Evidence, progress: ab.records.Progress, limits: ab.Limits
+    ) -> ab.records.Decision:
         if math.isnan(evidence.pooled.noise_trace):
-            return ab.Decision(2, math.nan, "undecided")
-        return ab.Decision(2 + int(1e12 * evidence.pooled.noise_trace) % 4, math.nan, "hold")
+            return ab.records.Decision(2, math.nan, "undecided")
+        return ab.records.Decision(2 + int(1e12 * evidence.pooled.noise_trace) % 4, math.nan, "hold")
 
 
 def adaptive(model: nn.Module) -> tuple[ab.BatchController, torch.optim.Optimizer]:
@@ -427,10 +429,10 @@ class TestState:
         options=st.sampled_from(
             [
                 {"rule": LastDigits()},
-                {"rule": ab.InnerProductTest()},
+                {"rule": ab.rules.InnerProductTest()},
                 {"rule": LastDigits(), "phase": True},
                 {"rule": LastDigits(), "metric": "adam"},
-                {"rule": ab.Replay([1, 3, 2, 5]), "ghost": True},
+                {"rule": ab.rules.Replay([1, 3, 2, 5]), "ghost": True},
                 {"rule": LastDigits(), "scaler": True},
             ]
         ),
@@ -562,13 +564,13 @@ class TestState:
     def test_a_saved_state_loads_twice(self):
         """What a rule keeps of the window is copied: going on does not change the state."""
         model, data = small_model(), batches([4] * 3)
-        controller = ab.BatchController(model, sgd(model), rule=ab.InnerProductTest())
+        controller = ab.BatchController(model, sgd(model), rule=ab.rules.InnerProductTest())
         controller.backward(squared(model, data[0]), weight=4)
         state, tables = controller.state_dict(), []
         controller.discard_window()
         for _ in range(2):
             other_model = small_model()
-            other = ab.BatchController(other_model, sgd(other_model), rule=ab.InnerProductTest())
+            other = ab.BatchController(other_model, sgd(other_model), rule=ab.rules.InnerProductTest())
             other.load_state_dict(state)
             other.backward(squared(other_model, data[1]), weight=4)
             other.step()
@@ -578,7 +580,9 @@ class TestState:
 
     def test_a_window_that_began_without_keeping_its_gradients_does_not_tell_their_parts(self):
         model, data = small_model(), batches([4] * 2)
-        plain, keeping = (ab.BatchController(model, sgd(model), rule=r) for r in (ab.Fixed(2), ab.InnerProductTest()))
+        plain, keeping = (
+            ab.BatchController(model, sgd(model), rule=r) for r in (ab.Fixed(2), ab.rules.InnerProductTest())
+        )
         plain.backward(squared(model, data[0]), weight=4)
         state = plain.state_dict()
         plain.discard_window()
@@ -1015,7 +1019,9 @@ class TestCoupling:
         data = batches([8] * 6)
         coupled, plain = small_model(), small_model()
         optimizer = torch.optim.SGD(coupled.parameters(), lr=0.05)
-        controller = ab.BatchController(coupled, optimizer, rule=ab.Replay([1, 4, 1]), learning_rate=self.COUPLING)
+        controller = ab.BatchController(
+            coupled, optimizer, rule=ab.rules.Replay([1, 4, 1]), learning_rate=self.COUPLING
+        )
         run(controller, data)
         by_hand = torch.optim.SGD(plain.parameters(), lr=0.05)
         for window, rate in zip(split(data, [1, 4, 1]), (0.05, 0.1, 0.05), strict=True):
@@ -1038,7 +1044,7 @@ class TestCoupling:
     def test_the_second_moment_and_its_decay_are_in_the_history(self):
         model = small_model()
         coupling = ab.LearningRate(reference_batch=8, beta2="half-life", rescale_second_moment=True)
-        controller = ab.BatchController(model, adamw(model), rule=ab.Replay([2, 4]), learning_rate=coupling)
+        controller = ab.BatchController(model, adamw(model), rule=ab.rules.Replay([2, 4]), learning_rate=coupling)
         run(controller, batches([8] * 6))
         rows = controller.history.to_pandas()
         assert rows["beta2"].tolist() == pytest.approx([0.999**2, 0.999**4])
@@ -1047,7 +1053,7 @@ class TestCoupling:
 
     def test_nothing_is_coupled_by_default(self):
         model = small_model()
-        controller = ab.BatchController(model, adamw(model), rule=ab.Replay([1, 4]))
+        controller = ab.BatchController(model, adamw(model), rule=ab.rules.Replay([1, 4]))
         run(controller, batches([8] * 5))
         rows = controller.history.to_pandas()
         assert (rows[["lr_factor", "second_moment_factor"]] == 1.0).all(axis=None)
@@ -1079,7 +1085,7 @@ class TestLimits:
         return ab.BatchController(model, sgd(model), **options)
 
     def test_between_windows_the_next_size_is_bounded_at_once(self):
-        controller = self.made(rule=ab.Replay([4, 4, 4, 4]))
+        controller = self.made(rule=ab.rules.Replay([4, 4, 4, 4]))
         run(controller, batches([4] * 4))
         controller.limits = ab.Limits(max_steps=3)
         assert controller.accumulation_steps == 3
@@ -1091,7 +1097,7 @@ class TestLimits:
         assert controller.history.to_pandas()["accumulation_steps"].tolist() == [4, 3, 4]
 
     def test_an_open_window_keeps_its_size(self):
-        controller = self.made(rule=ab.Replay([3, 3, 3]))
+        controller = self.made(rule=ab.rules.Replay([3, 3, 3]))
         data = batches([4] * 3)
         controller.backward(squared(controller.model, data[0]), weight=4)
         controller.limits = ab.Limits(min_steps=5)

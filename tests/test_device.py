@@ -22,7 +22,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import adaptbatch as ab
 from adaptbatch import sensor
-from adaptbatch.window import HostCopy, OpenWindow
+from adaptbatch.accumulate.window import HostCopy, OpenWindow
 from studies import origin
 from studies.device import bias, exact, harness, table
 from studies.device import ghost as ghost_section

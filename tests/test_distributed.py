@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptbatch as ab
-from adaptbatch.checkpoint import STATE_VERSION
-from adaptbatch.loop import Loop
+from adaptbatch.schema import STATE_VERSION
+from adaptbatch.state import Loop
 from tests import reference
 from tests.processes import WORLD, spawn, start_ranks
 from tests.test_controller import batches, sgd, small_model, squared
@@ -57,7 +57,7 @@ def train(model: nn.Module, data: list[Tensor], **options: Any) -> dict[str, Any
 def replicated(rank: int, sync: str, bucket_view: bool) -> dict[str, Any]:
     model = DistributedDataParallel(small_model(), gradient_as_bucket_view=bucket_view)
     data = shards(rank) if sync == "last" else shards(rank)[:7]
-    found = train(model, data, rule=ab.Replay(STEPS), sync=sync)
+    found = train(model, data, rule=ab.rules.Replay(STEPS), sync=sync)
     return found | {"parameters": [p.detach() for p in model.parameters()]}
 
 
@@ -75,7 +75,7 @@ def sharded_model(half: bool) -> nn.Module:
 def sharded(rank: int, sync: str, half: bool) -> dict[str, Any]:
     model = sharded_model(half)
     data = [x.float() for x in shards(rank)] if half else shards(rank)
-    found = train(model, data, rule=ab.Replay(STEPS), sync=sync)
+    found = train(model, data, rule=ab.rules.Replay(STEPS), sync=sync)
     found |= {"parameters": [p.full_tensor().detach() for p in model.parameters()]}
     if half:
         found |= {f"hand-written, {scale}": hand_written_in_half(rank, sync, scale) for scale in ("expected", "mean")}
@@ -89,7 +89,7 @@ def hand_written_in_half(rank: int, sync: str, scale: str) -> list[Tensor]:
     """
     model, data = sharded_model(half=True), [x.float() for x in shards(rank)]
     optimizer, cell = sgd(model), sum(sizes[0] for sizes in SIZES) / WORLD
-    loop = Loop(ab.Progress(world_size=WORLD))
+    loop = Loop(ab.records.Progress(world_size=WORLD))
     for steps, (low, high) in zip(STEPS, WINDOWS[1], strict=True):
         loop = replace(loop, progress=replace(loop.progress, accumulation_steps=steps))
         each = sum(sum(sizes[low:high]) for sizes in SIZES) / WORLD
@@ -423,7 +423,7 @@ def by_hand(rank: int) -> list[Any]:
             messages.append(str(error))
     controller.discard_window()
     try:
-        ab.BatchController(model, sgd(model), rule=ab.InnerProductTest())
+        ab.BatchController(model, sgd(model), rule=ab.rules.InnerProductTest())
     except ValueError as error:
         messages.append(str(error))
     rows = []

@@ -271,7 +271,7 @@ def test_a_group_is_added_while_gradients_are_kept():
     model, x = Heads(), batches([4, 4, 4])
     model.heads[1].requires_grad_(False)
     held = [*model.trunk.parameters(), *model.heads[0].parameters()]
-    rule, limits = ab.InnerProductTest(), ab.Limits(min_steps=3, max_steps=3)
+    rule, limits = ab.rules.InnerProductTest(), ab.Limits(min_steps=3, max_steps=3)
     c = ab.BatchController(model, torch.optim.SGD(held, lr=0.1), rule=rule, limits=limits)
     cells = []
     for index, one in enumerate(x):
@@ -768,7 +768,9 @@ def test_a_heavy_micro_batch_that_reaches_nothing_costs_no_good_one():
 def test_parts_along_the_mean_do_not_depend_on_the_reference():
     """A light micro-batch first: the window's reference moves, and what was kept of its gradients with it."""
     model = small_model()
-    c = ab.BatchController(model, sgd(model), rule=ab.InnerProductTest(), limits=ab.Limits(min_steps=3, max_steps=3))
+    c = ab.BatchController(
+        model, sgd(model), rule=ab.rules.InnerProductTest(), limits=ab.Limits(min_steps=3, max_steps=3)
+    )
     sizes = [1, 64, 60]
     data = batches(sizes)
     cells = [

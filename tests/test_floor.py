@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from adaptbatch import NoiseEstimate
-from adaptbatch.floor import RUNG_WINDOWS, Climb
+from adaptbatch.estimate.climb import RUNG_WINDOWS, Climb
+from adaptbatch.records import NoiseEstimate
 
 
 def climb_of(sizes: list[float], noise_scale, windows: int = 40, relative_sd: float = 0.0) -> Climb:

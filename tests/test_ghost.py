@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from adaptbatch import ghost
-from adaptbatch.ghost import GhostProbe, direct_sq_norms, gram_sq_norms
+from adaptbatch.measure.ghost import GhostProbe, direct_sq_norms, gram_sq_norms, record, terms
 from tests import reference
 
 torch.set_num_threads(1)
@@ -252,14 +251,15 @@ def test_the_cheaper_form_is_taken(monkeypatch, positions, chosen):
         raise AssertionError("the costlier form")
 
     other = {"gram_sq_norms", "direct_sq_norms"} - {chosen}
-    monkeypatch.setattr(ghost, other.pop(), spent)
+    monkeypatch.setattr(terms, other.pop(), spent)
     model = nn.Linear(16, 16)
     assert heard(attached(model), total_loss(model(torch.randn(3, positions, 16)))).shape == (3,)
 
 
 @pytest.mark.parametrize("case", ["conv2d, Gram", "conv2d, direct", "sequence, direct", "tied language model"])
 def test_examples_are_taken_in_turns_where_memory_is_short(monkeypatch, case):
-    monkeypatch.setattr(ghost, "CHUNK", 1)
+    for module in (terms, record):
+        monkeypatch.setattr(module, "CHUNK", 1)
     model, x = CASES[case]()
     model.double()
     assert_exact(model, x.double() if x.is_floating_point() else x)
@@ -680,9 +680,9 @@ def test_the_check_is_made_once_and_leaves_no_hook(frozen):
 
 
 PENALTIES: dict[str, tuple[Callable[[nn.Module], Tensor], int]] = {
-    "L1 of all": (lambda model: sum(p.abs().sum() for p in model.parameters()), ghost.ONE_EVERY),
-    "decay of one": (lambda model: model[2].weight.square().sum(), ghost.ALL_EVERY),
-    "of a bias": (lambda model: model[0].bias.square().sum(), ghost.ALL_EVERY),
+    "L1 of all": (lambda model: sum(p.abs().sum() for p in model.parameters()), record.ONE_EVERY),
+    "decay of one": (lambda model: model[2].weight.square().sum(), record.ALL_EVERY),
+    "of a bias": (lambda model: model[0].bias.square().sum(), record.ALL_EVERY),
 }
 
 
@@ -711,8 +711,8 @@ def test_a_penalty_that_begins_late_is_noticed_in_time(name, period):
 
 @pytest.mark.parametrize("case", ["rows", "linear twice", "conv2d, direct", "tied language model"])
 def test_what_is_checked_again_is_measured_all_the_same(monkeypatch, case):
-    monkeypatch.setattr(ghost, "ONE_EVERY", 2)
-    monkeypatch.setattr(ghost, "ALL_EVERY", 5)
+    monkeypatch.setattr(record, "ONE_EVERY", 2)
+    monkeypatch.setattr(record, "ALL_EVERY", 5)
     model, x = CASES[case]()
     model.double()
     x = x.double() if x.is_floating_point() else x
@@ -828,9 +828,9 @@ def test_a_micro_batch_of_another_size_waits_for_no_device():
     assert before.tolist() == [[True], [False]]
 
 
-def calls() -> list[ghost._Call]:
+def calls() -> list[record.Call]:
     gc.collect()
-    return [one for one in gc.get_objects() if type(one) is ghost._Call]
+    return [one for one in gc.get_objects() if type(one) is record.Call]
 
 
 def test_nothing_is_held_longer_than_the_graph():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from adaptbatch.gradients import PreviousGradient, WindowGradients, inner_product
+from adaptbatch.measure.copies import PreviousGradient, WindowGradients, inner_product
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[Parameter]:

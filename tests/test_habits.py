@@ -279,12 +279,12 @@ class TestKinds:
         with pytest.raises(ValueError, match="weight must be positive and finite"):
             c.backward(loss, weight=value)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("decided", [4, ab.Decision(float("nan"), 1.0, "hold")])  # type: ignore[arg-type]
+    @pytest.mark.parametrize("decided", [4, ab.records.Decision(float("nan"), 1.0, "hold")])  # type: ignore[arg-type]
     def test_a_rule_of_ones_own_must_decide(self, decided: object):
         class Own:
             closed_loop, memory = False, None
 
-            def decide(self, evidence: ab.Evidence, progress: ab.Progress, limits: ab.Limits) -> object:
+            def decide(self, evidence: ab.records.Evidence, progress: ab.records.Progress, limits: ab.Limits) -> object:
                 return decided
 
         model = small_model()
@@ -311,8 +311,10 @@ class TestExplanations:
         class Own:
             closed_loop, memory = True, None
 
-            def decide(self, evidence: ab.Evidence, progress: ab.Progress, limits: ab.Limits) -> ab.Decision:
-                return ab.Decision(2, 6.0, "because")  # type: ignore[arg-type]
+            def decide(
+                self, evidence: ab.records.Evidence, progress: ab.records.Progress, limits: ab.Limits
+            ) -> ab.records.Decision:
+                return ab.records.Decision(2, 6.0, "because")  # type: ignore[arg-type]
 
         model = small_model()
         assert "reason because)." in ab.BatchController(model, sgd(model), rule=Own()).explain()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from adaptbatch.history import COLUMNS, History
+from adaptbatch.reporting.history import COLUMNS, History
 
 ROW = {name: {"int64": 3, "float64": 0.5, "bool": True, "str": "hold"}[kind] for name, kind in COLUMNS.items()}
 

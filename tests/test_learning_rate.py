@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptbatch import NoiseEstimate
-from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2, sq_norm_ratio
+from adaptbatch.optimizer.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2, sq_norm_ratio
+from adaptbatch.records import NoiseEstimate
 
 N0 = 256.0
 UNKNOWN = NoiseEstimate(math.nan, math.nan)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaptbatch import Fixed, Limits, RelativeStandardError, Replay
+from adaptbatch import Fixed, Limits, RelativeStandardError
+from adaptbatch.rules import Replay
 from tests.reference import hand_written_loop
 
 L = pytest.importorskip("lightning")

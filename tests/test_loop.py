@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptbatch import CABS, Fixed, Limits, Measurement, NoiseTracker, Progress, RelativeStandardError, noise
-from adaptbatch.loop import Heard, Loop
+from adaptbatch import Fixed, Limits, RelativeStandardError, estimate
+from adaptbatch.estimate import NoiseTracker
+from adaptbatch.records import Measurement, Progress
+from adaptbatch.rules import CABS
+from adaptbatch.state import Heard, Loop
 
 MEMORY = 5_000.0
 
@@ -86,7 +89,7 @@ class TestEvidence:
     def test_pooled_moments_are_those_of_the_tracker(self):
         rng, tracker = np.random.default_rng(0), NoiseTracker()
         for _ in range(40):
-            tracker = tracker.update(noise.estimate(window(rng)), 32.0, MEMORY)
+            tracker = tracker.update(estimate.estimate_window(window(rng)), 32.0, MEMORY)
         assert filled().evidence().pooled == tracker.estimate()
 
     def test_the_optimizers_metric_takes_over_when_it_is_warm(self):
@@ -187,7 +190,7 @@ class TestWhatDoesNotEnter:
             loop = loop.counted(32.0, 4).heard(heard, MEMORY)
         assert loop.typical.estimate() == before
         assert loop.typical.level == level
-        assert noise.noise_scale(loop.pooled.estimate()) == pytest.approx(10.0, rel=0.5)
+        assert estimate.noise_scale(loop.pooled.estimate()) == pytest.approx(10.0, rel=0.5)
 
     def test_until_the_metric_is_warm_the_euclidean_window_is_compared(self):
         cold, rng = filled(30), np.random.default_rng(1)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from adaptbatch import Measurement, NoiseEstimate, NoiseTracker, noise
+from adaptbatch import estimate
+from adaptbatch.estimate import NoiseTracker
+from adaptbatch.records import Measurement, NoiseEstimate
 from tests import reference
 
 SIZES = {"equal": [16.0] * 4, "partial last": [64.0, 64.0, 64.0, 17.0], "very unequal": [100.0, 10.0, 5.0]}
@@ -31,7 +33,7 @@ class TestEstimate:
         weights = data.draw(st.lists(positive, min_size=len(rows), max_size=len(rows)))
         cells = [(w, np.array(row)) for w, row in zip(weights, rows, strict=True)]
         trace, signal = reference.anova(cells, population=1e5)
-        pair = noise.estimate(reference.measurement(cells), population=1e5)
+        pair = estimate.estimate_window(reference.measurement(cells), population=1e5)
         scale = max(w * float(g @ g) for w, g in cells) + 1.0
         assert pair.noise_trace == pytest.approx(trace, abs=1e-11 * scale * len(cells))
         assert pair.grad_sq_norm == pytest.approx(signal, rel=1e-9, abs=1e-11 * scale * len(cells) / min(weights))
@@ -39,7 +41,7 @@ class TestEstimate:
     def test_examples_as_cells_give_the_sample_moments(self):
         rows = np.random.default_rng(0).standard_normal((50, 7)) + 0.3
         trace, signal = reference.exact_moments(rows)
-        pair = noise.estimate(reference.measurement([(1.0, row) for row in rows]), population=50)
+        pair = estimate.estimate_window(reference.measurement([(1.0, row) for row in rows]), population=50)
         assert pair.noise_trace == pytest.approx(trace, rel=1e-12)
         # The whole population has no standard error: |g|^2 is |G_N|^2 itself.
         assert pair.grad_sq_norm == pytest.approx(signal, rel=1e-12)
@@ -48,7 +50,7 @@ class TestEstimate:
     def test_unbiased_for_any_sizes(self, sizes):
         rng = np.random.default_rng(1)
         mean, spread = np.array([1.0, -0.5, 0.2, 0.0, 0.0]), np.array([3.0, 2.0, 1.0, 4.0, 0.5])
-        pairs = [noise.estimate(draw_window(rng, sizes, mean, spread)) for _ in range(20_000)]
+        pairs = [estimate.estimate_window(draw_window(rng, sizes, mean, spread)) for _ in range(20_000)]
         for found, truth in (
             ([pair.noise_trace for pair in pairs], float(spread @ spread)),
             ([pair.grad_sq_norm for pair in pairs], float(mean @ mean)),
@@ -66,8 +68,8 @@ class TestEstimate:
         for _ in range(8_000):
             cells = [(float(len(part)), part.mean(axis=0)) for part in np.split(rng.permutation(rows)[:45], [20, 40])]
             window = reference.measurement(cells)
-            with_correction.append(noise.estimate(window, population=60))
-            without.append(noise.estimate(window).grad_sq_norm)
+            with_correction.append(estimate.estimate_window(window, population=60))
+            without.append(estimate.estimate_window(window).grad_sq_norm)
         for found, truth in (
             ([pair.noise_trace for pair in with_correction], trace),
             ([pair.grad_sq_norm for pair in with_correction], signal),
@@ -81,16 +83,16 @@ class TestEstimate:
     def test_scaling_and_order(self, rows, factor):
         cells = [(float(i + 1), np.array(row)) for i, row in enumerate(rows)]
         assume(max(float(np.abs(g).max()) for _, g in cells) > 1e-3)
-        pair = noise.estimate(reference.measurement(cells))
-        scaled = noise.estimate(reference.measurement([(w, factor * g) for w, g in cells]))
-        shuffled = noise.estimate(reference.measurement(cells[::-1]))
+        pair = estimate.estimate_window(reference.measurement(cells))
+        scaled = estimate.estimate_window(reference.measurement([(w, factor * g) for w, g in cells]))
+        shuffled = estimate.estimate_window(reference.measurement(cells[::-1]))
         size = sum(w * float(g @ g) for w, g in cells)
         for name in ("noise_trace", "grad_sq_norm"):
             assert getattr(scaled, name) == pytest.approx(factor**2 * getattr(pair, name), abs=1e-11 * factor**2 * size)
             assert getattr(shuffled, name) == pytest.approx(getattr(pair, name), abs=1e-11 * size)
 
     def test_one_cell_is_no_evidence(self):
-        pair = noise.estimate(Measurement(4.0, 2.0, 2.0, cells=1))
+        pair = estimate.estimate_window(Measurement(4.0, 2.0, 2.0, cells=1))
         assert math.isnan(pair.noise_trace)
         assert math.isnan(pair.grad_sq_norm)
         assert pair.degrees_of_freedom == 0
@@ -102,9 +104,11 @@ class TestReadings:
     @given(st.floats(1.0, 1e6), st.floats(0.05, 20), st.floats(1.0, 1e6))
     def test_required_batch_has_exactly_this_error(self, trace, theta, population):
         pair = NoiseEstimate(grad_sq_norm=4.0, noise_trace=trace)
-        n = noise.required_batch(pair, theta, population)
+        n = estimate.required_batch(pair, theta, population)
         assert 0 < n <= population
-        assert noise.relative_error(pair, n, population) == pytest.approx(theta, rel=1e-6) or n > 0.999999 * population
+        assert (
+            estimate.relative_error(pair, n, population) == pytest.approx(theta, rel=1e-6) or n > 0.999999 * population
+        )
 
     @given(
         st.floats(5e-324, 1e308),
@@ -117,42 +121,46 @@ class TestReadings:
     @example(signal=5e-324, trace=1.0, theta=1.0, population=6704317697375217.0)
     def test_required_batch_keeps_its_bounds(self, signal, trace, theta, population):
         """Whatever the rounding: no more than there is, and no exception."""
-        assert 0.0 <= noise.required_batch(NoiseEstimate(signal, trace), theta, population) <= population
+        assert 0.0 <= estimate.required_batch(NoiseEstimate(signal, trace), theta, population) <= population
 
     @given(st.floats(0.1, 10), st.floats(1.01, 3))
     def test_required_batch_decreases_in_theta(self, theta, factor):
-        assert noise.required_batch(self.pair, theta * factor) < noise.required_batch(self.pair, theta)
+        assert estimate.required_batch(self.pair, theta * factor) < estimate.required_batch(self.pair, theta)
 
     @pytest.mark.parametrize("theta", [0.0, -1.0, math.nan])
     def test_required_batch_refuses(self, theta):
         with pytest.raises(ValueError, match=r"theta must be positive, got theta = "):
-            noise.required_batch(self.pair, theta)
+            estimate.required_batch(self.pair, theta)
 
     @pytest.mark.parametrize("signal", [0.0, -1.0])
     def test_lost_signal_reads_as_infinite(self, signal):
         lost = NoiseEstimate(grad_sq_norm=signal, noise_trace=100.0)
-        assert noise.noise_scale(lost) == noise.relative_error(lost, 10.0) == math.inf
-        assert noise.required_batch(lost, 1.0) == math.inf
-        assert noise.required_batch(lost, 1.0, population=60_000) == 60_000
+        assert estimate.noise_scale(lost) == estimate.relative_error(lost, 10.0) == math.inf
+        assert estimate.required_batch(lost, 1.0) == math.inf
+        assert estimate.required_batch(lost, 1.0, population=60_000) == 60_000
 
     def test_the_whole_population_has_no_error(self):
         for signal in (-1.0, 0.0, 4.0):
             whole = NoiseEstimate(grad_sq_norm=signal, noise_trace=100.0)
-            assert noise.relative_error(whole, batch=500, population=400) == 0.0
+            assert estimate.relative_error(whole, batch=500, population=400) == 0.0
 
     def test_no_evidence_reads_as_nan(self):
         nothing = NoiseEstimate(math.nan, math.nan)
-        readings = (noise.noise_scale(nothing), noise.relative_error(nothing, 10.0), noise.required_batch(nothing, 1.0))
-        assert all(map(math.isnan, readings + noise.noise_scale_interval(nothing)))
+        readings = (
+            estimate.noise_scale(nothing),
+            estimate.relative_error(nothing, 10.0),
+            estimate.required_batch(nothing, 1.0),
+        )
+        assert all(map(math.isnan, readings + estimate.noise_scale_interval(nothing)))
 
     def test_a_negative_trace_reads_as_no_noise(self):
         quiet = NoiseEstimate(grad_sq_norm=4.0, noise_trace=-1e-9)
-        assert noise.standard_error(quiet, 10.0) == noise.noise_scale(quiet) == 0.0
+        assert estimate.standard_error(quiet, 10.0) == estimate.noise_scale(quiet) == 0.0
 
     @given(st.floats(0.1, 1e4), st.floats(-10, 100), st.floats(0.1, 10), st.floats(1, 1e4), st.floats(-0.95, 0.95))
     def test_excess_error_is_the_linear_statistic(self, trace, signal, theta, n, r):
         pair = NoiseEstimate(signal, trace, 0.5, 9.0, r * math.sqrt(0.5 * 9.0), effective_windows=20.0)
-        value, error = noise.excess_error(pair, n, theta, population=1e5)
+        value, error = estimate.excess_error(pair, n, theta, population=1e5)
         a, b = 1 / n - 1 / 1e5, theta**2
         weights = np.array([a, -b])
         matrix = np.array([[9.0, pair.covariance], [pair.covariance, 0.5]])
@@ -163,8 +171,8 @@ class TestReadings:
 class TestInterval:
     def test_is_known_from_more_than_one_effective_window_on(self):
         sure = NoiseEstimate(4.0, 100.0, 1e-12, 1e-10, 0.0, effective_windows=1.5)
-        assert noise.noise_scale_interval(sure) == pytest.approx((25.0, 25.0), rel=0.1)
-        assert all(map(math.isnan, noise.noise_scale_interval(replace(sure, effective_windows=1.0))))
+        assert estimate.noise_scale_interval(sure) == pytest.approx((25.0, 25.0), rel=0.1)
+        assert all(map(math.isnan, estimate.noise_scale_interval(replace(sure, effective_windows=1.0))))
 
     @given(
         st.floats(0.0, 1e3),
@@ -177,7 +185,7 @@ class TestInterval:
     )
     def test_holds_exactly_the_ratios_a_t_test_accepts(self, trace, signal, v_s, v_t, r, windows, ratio):
         pair = NoiseEstimate(signal, trace, v_s, v_t, r * math.sqrt(v_s * v_t), effective_windows=windows)
-        low, high = noise.noise_scale_interval(pair)
+        low, high = estimate.noise_scale_interval(pair)
         # Next to a limit the two sides differ by rounding only.
         assume(all(abs(ratio - limit) > 1e-6 * (1 + ratio) for limit in (low, high)))
         accepted = reference.in_fieller_set(pair, ratio, 0.95)
@@ -188,25 +196,25 @@ class TestInterval:
             assert not accepted or ratio < low
 
     def test_unbounded_when_the_signal_may_be_zero(self):
-        low, high = noise.noise_scale_interval(NoiseEstimate(1.0, 100.0, 1.0, 25.0, 0.0, effective_windows=20))
+        low, high = estimate.noise_scale_interval(NoiseEstimate(1.0, 100.0, 1.0, 25.0, 0.0, effective_windows=20))
         assert high == math.inf
         assert 0.0 < low < 100.0
 
     def test_nothing_known_is_the_whole_line(self):
-        assert noise.noise_scale_interval(NoiseEstimate(0.1, 1.0, 1.0, 25.0, 0.0, effective_windows=20)) == (
+        assert estimate.noise_scale_interval(NoiseEstimate(0.1, 1.0, 1.0, 25.0, 0.0, effective_windows=20)) == (
             0,
             math.inf,
         )
 
     def test_an_exact_pair_is_a_point(self):
-        low, high = noise.noise_scale_interval(NoiseEstimate(4.0, 100.0, 0.0, 0.0, 0.0, effective_windows=20))
+        low, high = estimate.noise_scale_interval(NoiseEstimate(4.0, 100.0, 0.0, 0.0, 0.0, effective_windows=20))
         assert low == pytest.approx(25.0)
         assert high == pytest.approx(25.0)
 
     @pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
     def test_refuses_a_confidence_outside(self, confidence):
         with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got confidence = "):
-            noise.noise_scale_interval(NoiseEstimate(1.0, 1.0), confidence)
+            estimate.noise_scale_interval(NoiseEstimate(1.0, 1.0), confidence)
 
 
 BATCH, CELLS, DIMENSION, WINDOWS = 64, 4, 35, 30
@@ -240,7 +248,7 @@ def pooled(traces: np.ndarray, signals: np.ndarray, memory: float = math.inf) ->
 
 
 def share_covering(trackers: list[NoiseTracker], truth: float) -> float:
-    intervals = [noise.noise_scale_interval(tracker.estimate()) for tracker in trackers]
+    intervals = [estimate.noise_scale_interval(tracker.estimate()) for tracker in trackers]
     return float(np.mean([low <= truth <= high for low, high in intervals]))
 
 
@@ -274,7 +282,7 @@ class TestCoverage:
     def test_is_unbounded_without_a_signal(self):
         runs = 1000
         trackers = pooled(*draw_pairs(np.random.default_rng(6), runs, WINDOWS, 1.0, SCALES["gaussian"], length=0.0))
-        unbounded = [math.isinf(noise.noise_scale_interval(tracker.estimate())[1]) for tracker in trackers]
+        unbounded = [math.isinf(estimate.noise_scale_interval(tracker.estimate())[1]) for tracker in trackers]
         assert np.mean(unbounded) > 0.95 - 3 * math.sqrt(0.95 * 0.05 / runs)
 
     def test_independent_windows_are_found_autocorrelated_at_the_level_of_the_test(self):
@@ -418,12 +426,12 @@ class TestShards:
         mean = sum(w * g for w, g in ranks[0] + ranks[1]) / 16.0
         within = sum(w * np.sum((g - m) ** 2) for rank, m in zip(ranks, means, strict=True) for w, g in rank) / 2
         between = sum(n * np.sum((m - mean) ** 2) for n, m in zip((10.0, 6.0), means, strict=True)) / 1
-        found = noise.ShardTracker().update(self.whole(ranks), 2)
+        found = estimate.ShardTracker().update(self.whole(ranks), 2)
         assert found.ratio() == pytest.approx(between / within)
 
     def test_one_population_is_not_called_two(self):
         rng = np.random.default_rng(0)
-        trackers = [noise.ShardTracker().update(self.window(rng, 0.0), 3) for _ in range(400)]
+        trackers = [estimate.ShardTracker().update(self.window(rng, 0.0), 3) for _ in range(400)]
         ratios = np.array([tracker.ratio() for tracker in trackers])
         assert abs(ratios.mean() - 1.0) < 5 * ratios.std() / 20 + 0.05
         assert np.mean([tracker.chance() < 0.05 for tracker in trackers]) <= 0.05
@@ -432,10 +440,10 @@ class TestShards:
         rng = np.random.default_rng(0)
         found = []
         for _ in range(50):
-            tracker = noise.ShardTracker()
+            tracker = estimate.ShardTracker()
             for _ in range(4):
                 tracker = tracker.update(self.window(rng, 0.6), 3)
-            single = noise.ShardTracker().update(self.window(rng, 0.6), 3)
+            single = estimate.ShardTracker().update(self.window(rng, 0.6), 3)
             found.append((tracker.chance() < 0.05, single.chance() < 0.05))
         pooled, single = np.mean(found, axis=0)
         assert pooled > 0.9
@@ -451,7 +459,7 @@ class TestShards:
         ids=["no scatter within", "one rank", "not measured"],
     )
     def test_what_tells_nothing_changes_nothing(self, window, ranks):
-        tracker = noise.ShardTracker().update(window, ranks)
-        assert tracker == noise.ShardTracker()
+        tracker = estimate.ShardTracker().update(window, ranks)
+        assert tracker == estimate.ShardTracker()
         assert math.isnan(tracker.ratio())
         assert math.isnan(tracker.chance())

@@ -13,9 +13,10 @@ from torch import Tensor, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from adaptbatch import NoiseEstimate, optimizer_state
-from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2
-from adaptbatch.optimizer_state import metric_scales, require_coupling, scaled_step, second_moments
+from adaptbatch import optimizer_state
+from adaptbatch.optimizer.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2
+from adaptbatch.optimizer.second_moment import metric_scales, require_coupling, scaled_step, second_moments
+from adaptbatch.records import NoiseEstimate
 
 Make = Callable[[list[dict[str, object]]], Optimizer]
 LR = 0.1

@@ -17,13 +17,13 @@ import torch
 
 import adaptbatch as ab
 from adaptbatch import curves, page
-from adaptbatch.history import COLUMNS, History
+from adaptbatch.reporting.history import COLUMNS, History
 from studies.results import RESULTS
 
 NASTY = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
 
 
-def trained(rule: ab.Rule, examples: int = 4096) -> History:
+def trained(rule: ab.rules.Rule, examples: int = 4096) -> History:
     """A small regression whose batch moves."""
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(examples, 4), torch.randn(examples, 1))

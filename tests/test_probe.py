@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adaptbatch.probe import (
-    GradientProbe,
+from adaptbatch.measure.norms import (
     all_gradients_finite,
     batch_gradient_sq_norm,
     divide_gradients_,
     gradient_norm,
     sum_of_squares,
 )
+from adaptbatch.measure.probe import GradientProbe
 from tests import reference
 
 

@@ -11,27 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptbatch import (
+from adaptbatch import Limits, Pareto, Ramp, RelativeStandardError, estimate
+from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress
+from adaptbatch.rules import (
     CABS,
     CosineSimilarity,
-    Decision,
     DiveBatch,
-    Evidence,
     Goodput,
     InnerProductTest,
-    Limits,
-    Measurement,
-    NoiseEstimate,
     NoiseScale,
     NormTest,
-    Pareto,
-    Progress,
-    Ramp,
-    RelativeStandardError,
     Rule,
     Seesaw,
     decide,
-    noise,
 )
 from tests import reference
 
@@ -335,7 +327,7 @@ class TestCABS:
     def test_is_the_formula_of_the_paper_from_examples(self):
         """``lr sum_j Var_i(g_ij) / loss``, from the gradients of every example."""
         gradients = np.random.default_rng(4).standard_normal((50, 3)) * [1.0, 2.0, 3.0]
-        pair = noise.estimate(reference.measurement([(1.0, g) for g in gradients]))
+        pair = estimate.estimate_window(reference.measurement([(1.0, g) for g in gradients]))
         at = Progress(accumulation_steps=4, cell_examples=1.0)
         evidence = Evidence(pooled=pair, lr=0.3, loss=0.75)
         variances = gradients.var(axis=0, ddof=1).sum()

@@ -42,7 +42,7 @@ def built(tmp_path_factory) -> Path:
 def test_every_public_name_has_its_place_and_stands_on_the_first_page(built):
     anchors = set().union(*(Page(path).anchors for path in built.parent.glob("*.html")))
     links = {link.partition("#")[2] for link in Page(built).links}
-    names = {"module-adaptbatch.noise" if name == "noise" else f"adaptbatch.{name}" for name in ab.__all__}
+    names = {"module-adaptbatch.estimate.moments" if name == "noise" else f"adaptbatch.{name}" for name in ab.__all__}
     assert not names - anchors
     assert not names - links
 

@@ -140,9 +140,9 @@ def hear(controller: ab.BatchController, windows: int) -> None:
 
 STATES: dict[str, dict[str, Any]] = {
     "fresh": {"windows": 0, "micro_batches": 0},
-    "between windows": {"windows": 20, "micro_batches": 0, "rule": ab.Replay([2] * 8 + [3] * 12), "phase": True},
+    "between windows": {"windows": 20, "micro_batches": 0, "rule": ab.rules.Replay([2] * 8 + [3] * 12), "phase": True},
     "within a window": {"windows": 12, "micro_batches": 2, "rule": ab.Fixed(3), "phase": True, "metric": "adam"},
-    "with kept gradients": {"windows": 3, "micro_batches": 1, "rule": ab.InnerProductTest()},
+    "with kept gradients": {"windows": 3, "micro_batches": 1, "rule": ab.rules.InnerProductTest()},
     "with a scaler": {"windows": 3, "micro_batches": 1, "scaler": torch.amp.GradScaler("cpu", init_scale=4.0)},
     "with a late window": {"windows": 12, "micro_batches": 1, "late": True},
 }

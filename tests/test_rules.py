@@ -13,35 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptbatch as ab
-from adaptbatch import (
+from adaptbatch import Fixed, Guard, Limits, Pareto, Ramp, RelativeStandardError, Schedule, estimate
+from adaptbatch.estimate import NoiseTracker
+from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Reason, Response, Tail
+from adaptbatch.rules import (
     CABS,
     CosineSimilarity,
-    Decision,
     DiveBatch,
-    Evidence,
-    Fixed,
     Goodput,
-    Guard,
     InnerProductTest,
-    Limits,
-    Measurement,
-    NoiseEstimate,
     NoiseScale,
-    NoiseTracker,
     NormTest,
-    Pareto,
-    Progress,
-    Ramp,
-    RelativeStandardError,
     Replay,
-    Response,
-    Schedule,
     Seesaw,
-    Tail,
     decide,
-    noise,
 )
-from adaptbatch.records import Reason
 from adaptbatch.rules.base import growth
 
 RULES = {
@@ -155,7 +141,7 @@ class TestEveryRule:
         assert eval(repr(rule), vars(ab)) == rule
         assert pickle.loads(pickle.dumps(rule)) == rule
         assert hash(rule) == hash(replace(rule))
-        assert isinstance(rule, ab.Rule)
+        assert isinstance(rule, ab.rules.Rule)
         with pytest.raises(FrozenInstanceError):
             rule.theta = 2.0
 
@@ -271,7 +257,7 @@ class TestCLTRule:
             reasons.add("guard")
         if evidence.response.elasticity > 0.7 and evidence.response.least_error_sq > theta**2:
             reasons.add("noise_floor")
-        if noise.relative_error(evidence.typical, n, progress.population) > theta * (1 + 1e-9):
+        if estimate.relative_error(evidence.typical, n, progress.population) > theta * (1 + 1e-9):
             assert decision.reason in reasons
 
     def test_grow_to_the_target(self):
@@ -314,7 +300,7 @@ class TestCLTRule:
 
     def test_weak_evidence_is_undecided(self):
         weak = replace(self.sure, var_noise_trace=400.0**2)
-        excess, error = noise.excess_error(weak, 256, 1.0)
+        excess, error = estimate.excess_error(weak, 256, 1.0)
         assert 0 < excess < 2.33 * error
         assert decide(RelativeStandardError(), known(weak), self.at, Limits()) == Decision(4, 1024.0, "undecided")
 
@@ -354,8 +340,8 @@ class TestCLTRule:
             window = Measurement(cell * float((cells**2).sum()), float((cells.mean(0) ** 2).sum()), k * cell, k)
             seen = at.examples_seen + k * cell
             at = replace(at, examples_seen=seen, examples_since_change=seen - changed)
-            memory = noise.memory_examples(None, cell, k * cell)
-            tracker = tracker.update(noise.estimate(window), k * cell, memory)
+            memory = estimate.memory_examples(None, cell, k * cell)
+            tracker = tracker.update(estimate.estimate_window(window), k * cell, memory)
             decision = decide(rule, known(tracker.estimate()), at, limits)
             changed = seen if decision.accumulation_steps != k else changed
             at = replace(at, accumulation_steps=decision.accumulation_steps)
@@ -529,7 +515,9 @@ class TestGuard:
 
 
 class TestOpenLoop:
-    def steps(self, rule: ab.Rule, *, window: int = 0, seen: float = 0.0, k: int = 1, limits: Limits | None = None):
+    def steps(
+        self, rule: ab.rules.Rule, *, window: int = 0, seen: float = 0.0, k: int = 1, limits: Limits | None = None
+    ):
         at = Progress(window=window, examples_seen=seen, accumulation_steps=k, cell_examples=64)
         return decide(rule, Evidence(), at, limits or Limits())
 

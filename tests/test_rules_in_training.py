@@ -11,17 +11,17 @@ from tests.test_controller import batches, run, small_model
 RULES = {
     "clt": ab.RelativeStandardError(),
     "plain moments": ab.RelativeStandardError(channel="pooled"),
-    "norm test": ab.NormTest(theta=0.3),
-    "debiased": ab.NormTest(theta=0.3, debiased=True, grow_only=False),
-    "inner product": ab.InnerProductTest(theta=0.3, nu=0.3),
-    "cosine": ab.CosineSimilarity(),
-    "noise scale": ab.NoiseScale(),
+    "norm test": ab.rules.NormTest(theta=0.3),
+    "debiased": ab.rules.NormTest(theta=0.3, debiased=True, grow_only=False),
+    "inner product": ab.rules.InnerProductTest(theta=0.3, nu=0.3),
+    "cosine": ab.rules.CosineSimilarity(),
+    "noise scale": ab.rules.NoiseScale(),
     "pareto": ab.Pareto(price=1000.0),
-    "goodput": ab.Goodput(initial_batch=8.0),
-    "cabs": ab.CABS(scale=100.0),
-    "dive batch": ab.DiveBatch(delta=1.0, epoch_examples=200.0),
+    "goodput": ab.rules.Goodput(initial_batch=8.0),
+    "cabs": ab.rules.CABS(scale=100.0),
+    "dive batch": ab.rules.DiveBatch(delta=1.0, epoch_examples=200.0),
     "schedule": ab.Schedule(examples=(0, 400), accumulation_steps=(1, 3)),
-    "seesaw": ab.Seesaw(start=1, milestones=(400.0, 800.0)),
+    "seesaw": ab.rules.Seesaw(start=1, milestones=(400.0, 800.0)),
     "increments": ab.Ramp(start=1, stop=5, examples=1000, shape="increments", increment=2),
 }
 
@@ -43,7 +43,7 @@ def test_every_rule_finds_what_it_asks_for(rule):
 def test_the_time_model_is_measured():
     model = small_model()
     controller = ab.BatchController(
-        model, torch.optim.SGD(model.parameters(), lr=1e-3), rule=ab.Goodput(initial_batch=8.0)
+        model, torch.optim.SGD(model.parameters(), lr=1e-3), rule=ab.rules.Goodput(initial_batch=8.0)
     )
     run(controller, batches([4] * 100))
     evidence = controller._loop.evidence()

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as lrs
 
 import adaptbatch as ab
-from adaptbatch.schedule import ScheduleDriver
+from adaptbatch.optimizer.schedule import ScheduleDriver
 
 UNIT = 32
 Make = Callable[[Optimizer, int], lrs.LRScheduler]
@@ -269,7 +269,7 @@ def test_beside_a_controller_the_schedule_ends_with_the_budget():
     data = [torch.randn(8, 3) for _ in range(13)]
     data[2][0, 0] = torch.nan  # the second window is skipped
     driver = ScheduleDriver(cosine(optimizer, 13), unit=8)
-    with ab.BatchController(model, optimizer, rule=ab.Replay([1, 3, 2, 4])) as controller:
+    with ab.BatchController(model, optimizer, rule=ab.rules.Replay([1, 3, 2, 4])) as controller:
         for x in controller.micro_batches(data):
             controller.backward(model(x).square().mean(), weight=len(x))
             if controller.step_due:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import adaptbatch as ab
-from adaptbatch.optimizer_state import metric_scales
-from adaptbatch.sensor import Sensor
+from adaptbatch.measure.sensor import Sensor
+from adaptbatch.optimizer.second_moment import metric_scales
 from tests import reference
 from tests.test_controller import batches, equal_state, run, small_model, squared
 
@@ -197,8 +197,10 @@ class Keeps:
     memory = None
     keeps_gradients = True
 
-    def decide(self, evidence: ab.Evidence, progress: ab.Progress, limits: ab.Limits) -> ab.Decision:
-        return ab.Decision(3, math.nan, "hold")
+    def decide(
+        self, evidence: ab.records.Evidence, progress: ab.records.Progress, limits: ab.Limits
+    ) -> ab.records.Decision:
+        return ab.records.Decision(3, math.nan, "hold")
 
 
 def test_radial_parts_are_measured_where_a_rule_asks():

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import adaptbatch as ab
-from adaptbatch.history import COLUMNS as HISTORY
+from adaptbatch.reporting.history import COLUMNS as HISTORY
 from studies import accuracy, analysis, contenders, data, overhead, quick, schema, training
 from studies.__main__ import app
 from studies.arms import Arm, Warmup
@@ -286,7 +286,7 @@ class TestCommands:
     def test_the_quick_arms_are_what_their_names_say(self):
         sizes = {arm.name: getattr(arm.rule, "accumulation_steps", 0) * quick.MICRO_BATCH for arm in quick.ARMS}
         assert sizes == {"fixed 256": 256, "fixed 4096": 4096, "warmup 256": 256, "adaptive": 0}
-        assert all(isinstance(run.arm.rule, ab.Rule) for run in quick.runs())
+        assert all(isinstance(run.arm.rule, ab.rules.Rule) for run in quick.runs())
 
 
 def test_estimates_equal_the_exact_covariance():

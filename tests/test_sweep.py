@@ -340,7 +340,7 @@ class TestPlans:
         found.rows[recorded.key] = {"schedule_k": [2, 4, 8], "schedule_windows": [3, 2, 1], "mean_batch": 230.0}
         runs = {dict(r.labels)["method"]: r for r in comparison._controls(arm, "calm", "digits", scale, 0, 2, found)}
         k = [2, 2, 2, 4, 4, 8]
-        assert runs["replay"].arm.rule == ab.Replay(k)
+        assert runs["replay"].arm.rule == ab.rules.Replay(k)
         assert sorted(runs["random switching"].arm.rule.accumulation_steps) == sorted(k)
         assert runs["constant mean"].arm.rule == ab.Fixed(4)
         rates = runs["rate follows"].arm

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptbatch import Measurement, NoiseEstimate, noise
-from adaptbatch.tails import BOUND, EXCEEDANCE, HOLD_MEMORIES, LEVEL_LEAST, LEVEL_WINDOWS, TypicalTracker
+from adaptbatch import estimate
+from adaptbatch.estimate.typical import BOUND, EXCEEDANCE, HOLD_MEMORIES, LEVEL_LEAST, LEVEL_WINDOWS, TypicalTracker
+from adaptbatch.records import Measurement, NoiseEstimate
 
 MEMORY = 20_000.0
 
@@ -32,7 +33,7 @@ def windows(scales: Sequence[float], seed: int = 0, cells: int = 4, batch: float
 def track(drawn: Sequence[Measurement]) -> TypicalTracker:
     tracker = TypicalTracker()
     for window in drawn:
-        tracker = tracker.update(noise.estimate(window), window, MEMORY)
+        tracker = tracker.update(estimate.estimate_window(window), window, MEMORY)
     return tracker
 
 
@@ -43,7 +44,7 @@ def typical_twin(drawn: Sequence[Measurement]) -> tuple[float, float]:
     for t, window in enumerate(drawn):
         before = energies[max(0, t - LEVEL_WINDOWS) : t]
         unit = max(statistics.median(before), energies[t] / BOUND) if len(before) >= LEVEL_LEAST else energies[t]
-        pair = noise.estimate(window)
+        pair = estimate.estimate_window(window)
         weight = 2.0 ** -(sum(w.global_batch for w in drawn[t + 1 :]) / MEMORY) * pair.degrees_of_freedom
         total, trace = total + weight, trace + weight * pair.noise_trace / unit
         signal += weight * pair.grad_sq_norm / unit
@@ -60,11 +61,11 @@ class TestTypicalChannel:
     def test_is_the_pooled_ratio_where_nothing_stands_out(self):
         """Gaussian windows: within two per cent, far less than its own standard error of ten."""
         drawn = windows([1.0] * 600)
-        pooled = noise.NoiseTracker()
+        pooled = estimate.NoiseTracker()
         for window in drawn:
-            pooled = pooled.update(noise.estimate(window), window.global_batch, MEMORY)
-        assert noise.noise_scale(track(drawn).estimate()) == pytest.approx(
-            noise.noise_scale(pooled.estimate()), rel=0.02
+            pooled = pooled.update(estimate.estimate_window(window), window.global_batch, MEMORY)
+        assert estimate.noise_scale(track(drawn).estimate()) == pytest.approx(
+            estimate.noise_scale(pooled.estimate()), rel=0.02
         )
         assert track(drawn).tail().share == 0.0
 
@@ -85,16 +86,16 @@ class TestTypicalChannel:
         calm = windows([1.0] * 100)
         spiked = windows([1.0] * 99 + [1e12])
         bounded = windows([1.0] * 99 + [50.0])
-        assert noise.noise_scale(track(spiked).estimate()) == pytest.approx(
-            noise.noise_scale(track(bounded).estimate()), rel=1e-9
+        assert estimate.noise_scale(track(spiked).estimate()) == pytest.approx(
+            estimate.noise_scale(track(bounded).estimate()), rel=1e-9
         )
-        change = noise.noise_scale(track(spiked).estimate()) / noise.noise_scale(track(calm).estimate())
+        change = estimate.noise_scale(track(spiked).estimate()) / estimate.noise_scale(track(calm).estimate())
         assert 0.7 < change < 1.4
 
     def test_a_window_of_one_micro_batch_enters_the_level_only(self):
         tracker = track(windows([1.0] * 20))
         single = Measurement(640.0, 10.0, global_batch=64.0, cells=1)
-        after = tracker.update(noise.estimate(single), single, MEMORY)
+        after = tracker.update(estimate.estimate_window(single), single, MEMORY)
         assert after.recent[-1] == 10.0
         assert after.estimate().noise_trace == tracker.estimate().noise_trace
 
@@ -117,7 +118,7 @@ class TestTypicalChannel:
 class TestTailChannel:
     def test_the_share_is_what_the_bound_cut_off(self):
         drawn = windows([1.0] * 99 + [1e4])
-        traces = [max(noise.estimate(w).noise_trace, 0.0) for w in drawn]
+        traces = [max(estimate.estimate_window(w).noise_trace, 0.0) for w in drawn]
         level = statistics.median(w.weighted_sq_norms / w.global_batch for w in drawn[99 - LEVEL_WINDOWS : 99])
         cut = 1.0 - level / (drawn[-1].weighted_sq_norms / drawn[-1].global_batch / BOUND)
         decays = [2.0 ** (-(99 - t) * 64.0 / MEMORY) for t in range(100)]
@@ -137,13 +138,13 @@ class TestTailChannel:
         """At whatever size they come: it is one doubling, not one for each."""
         tracker = track(windows([1.0] * 50 + [10 * EXCEEDANCE]))
         for window in windows([1.0] * 100 + [10 * EXCEEDANCE], batch=256.0, seed=1):
-            tracker = tracker.update(noise.estimate(window), window, MEMORY)
+            tracker = tracker.update(estimate.estimate_window(window), window, MEMORY)
         assert (tracker.tail().episode_batch, tracker.tail().episode_examples) == (64.0, 0.0)
 
     def test_after_ten_quiet_memories_another_episode_begins(self):
         tracker = track(windows([1.0] * 50 + [10 * EXCEEDANCE]))
         for window in windows([1.0] * int(HOLD_MEMORIES * MEMORY / 1000.0) + [10 * EXCEEDANCE], batch=1000.0, seed=1):
-            tracker = tracker.update(noise.estimate(window), window, MEMORY)
+            tracker = tracker.update(estimate.estimate_window(window), window, MEMORY)
         assert tracker.tail().episode_batch == 1000.0
 
     def test_a_non_finite_window_counts_where_a_guard_says_so(self):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptbatch import Fixed, Limits, RelativeStandardError, Replay
+from adaptbatch import Fixed, Limits, RelativeStandardError
+from adaptbatch.rules import Replay
 from tests.processes import spawn
 from tests.reference import hand_written_loop
 from tests.test_controller import LastDigits, equal_state, split

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 import adaptbatch as ab
-from adaptbatch.page import notebook
-from adaptbatch.watch import ProgressLine
+from adaptbatch.reporting.html import notebook
+from adaptbatch.reporting.loggers import ProgressLine
 from tests.test_controller import batches, sgd, small_model, squared
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import adaptbatch as ab
-from adaptbatch.history import COLUMNS, History
-from adaptbatch.watch import Logger, ProgressLine, TensorBoardLogger, WandbLogger
+from adaptbatch.reporting.history import COLUMNS, History
+from adaptbatch.reporting.loggers import Logger, ProgressLine, TensorBoardLogger, WandbLogger
 from tests.waiting import until
 
 PLAIN = {"int64": int, "float64": float, "bool": bool, "str": str}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adaptbatch.window import OpenWindow
+from adaptbatch.accumulate.window import OpenWindow
 
 
 @pytest.mark.parametrize("weights", [[4.0, 9.0, 2.0], [9.0, 4.0, 2.0], [2.0, 4.0, 9.0], [5.0]])

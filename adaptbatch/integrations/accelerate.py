@@ -20,8 +20,8 @@ def controller_for(accelerator: Accelerator, model: nn.Module, optimizer: Optimi
     ``controller.backward`` takes the place of ``accelerator.backward`` and of ``accelerator.accumulate``, whose windows
     go by a running count of batches that does not follow a change of their size. The controller synchronises ranks,
     scales the loss and steps the optimizer itself: clip with ``torch.nn.utils.clip_grad_norm_`` once
-    ``step_due`` is true, and drive schedulers that were not prepared by
-    :class:`~adaptbatch.schedule.ScheduleDriver`. ``accelerator.save_state`` and ``load_state`` carry its state.
+    ``step_due`` is true, and drive schedulers that were not prepared by :class:`~adaptbatch.ScheduleDriver`.
+    ``accelerator.save_state`` and ``load_state`` carry its state.
 
     Args:
         accelerator: That prepared both, without accumulation of its own.

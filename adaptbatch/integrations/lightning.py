@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from adaptbatch.controller import BatchController
 from adaptbatch.integrations.shared import examples_of, refuse
+from adaptbatch.measure.sensor import Metric
 from adaptbatch.rules import Limits, Rule
-from adaptbatch.sensor import Metric
 
 
 class AdaptiveAccumulation(L.Callback):

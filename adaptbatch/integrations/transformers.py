@@ -14,8 +14,8 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from adaptbatch.controller import BatchController
 from adaptbatch.integrations.shared import examples_of, refuse
+from adaptbatch.measure.sensor import Metric
 from adaptbatch.rules import Limits, Rule
-from adaptbatch.sensor import Metric
 
 if TYPE_CHECKING:
     from transformers import Trainer

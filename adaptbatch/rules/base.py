@@ -84,7 +84,7 @@ class Rule(Protocol):
     """A pure, frozen value that turns evidence and progress into a decision.
 
     ``closed_loop`` says whether the rule reads the noise (and so needs windows that can be measured); ``memory`` is the
-    half-life of the evidence it wants [examples], None for the default of :func:`adaptbatch.noise.memory_examples`.
+    half-life of the evidence it wants [examples], None for the default of :func:`adaptbatch.estimate.memory_examples`.
     """
 
     @property
@@ -123,7 +123,8 @@ def decide(
         gradients the reason is ``nonfinite`` and a closed-loop rule keeps its size.
 
     Example:
-        >>> from adaptbatch import NoiseEstimate, RelativeStandardError
+        >>> from adaptbatch import RelativeStandardError
+        >>> from adaptbatch.records import NoiseEstimate
         >>> noisy = Evidence(typical=NoiseEstimate(1.0, 4096.0, 1e-4, 100.0, 0.0, effective_windows=30))
         >>> decide(RelativeStandardError(), noisy, Progress(accumulation_steps=4, cell_examples=64), Limits())
         Decision(accumulation_steps=8, target_batch=4096.0, reason='growth_limited')

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from adaptbatch import noise
+from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress, Response
 from adaptbatch.rules.base import Limits, growth, in_python, require_memory, require_positive
 from adaptbatch.rules.compose import Composable
@@ -39,9 +39,9 @@ class RelativeStandardError(Composable):
     :class:`Limits`.
 
     The moments are those of the *typical* channel, in which no window weighs more than ten ordinary ones
-    (:mod:`adaptbatch.tails`). What that cuts off, the *tail*, is reported and does not move the batch: in the
-    two-networks study growing after catastrophic gradients did not keep a run from the next one. :class:`Guard` is for
-    those who want to answer.
+    (:mod:`~adaptbatch.estimate.typical`). What that cuts off, the *tail*, is reported and does not move the batch:
+    in the two-networks study growing after catastrophic gradients did not keep a run from the next one. :class:`Guard`
+    is for those who want to answer.
 
     When it is wrong: at the noise floor of a fixed learning rate ``B / n`` does not depend on ``n``, and the rule runs
     to ``max_steps``; it says ``noise_floor`` there, and holds with ``at_floor="hold"``. Gradients with infinite
@@ -97,7 +97,7 @@ class RelativeStandardError(Composable):
         """See the class; the reason tells which test or bound decided."""
         pair = evidence.pooled if self.channel == "pooled" else evidence.typical
         k, batch = progress.accumulation_steps, progress.global_batch
-        target = noise.required_batch(pair, self.theta, progress.population)
+        target = estimate.required_batch(pair, self.theta, progress.population)
         wait = self._dead_examples(progress)
         if not pair.effective_windows >= MIN_EFFECTIVE_WINDOWS:
             return Decision(k, target, "undecided")
@@ -124,12 +124,12 @@ class RelativeStandardError(Composable):
         return Decision(k, target, "hold")
 
     def _noisy(self, pair: NoiseEstimate, batch: float, population: float) -> bool:
-        excess, error = noise.excess_error(pair, batch, self.theta, population)
+        excess, error = estimate.excess_error(pair, batch, self.theta, population)
         # A batch of the whole population has no error left to halve.
         return excess > self.z_grow * error and batch < population
 
     def _quiet(self, pair: NoiseEstimate, batch: float, population: float) -> bool:
-        excess, error = noise.excess_error(pair, batch, self.theta, population)
+        excess, error = estimate.excess_error(pair, batch, self.theta, population)
         return excess < -self.z_shrink * error
 
     def _at_floor(self, response: Response) -> bool:
@@ -141,4 +141,4 @@ class RelativeStandardError(Composable):
     def _dead_examples(self, progress: Progress) -> float:
         if self.dead_time is not None:
             return self.dead_time
-        return 0.5 * noise.memory_examples(self.memory, progress.cell_examples, progress.global_batch)
+        return 0.5 * estimate.memory_examples(self.memory, progress.cell_examples, progress.global_batch)

@@ -35,7 +35,8 @@ class AnyOf(Composable):
         ValueError: If there are fewer than two, one is open-loop, or their memories differ.
 
     Example:
-        >>> from adaptbatch import NoiseScale, Pareto
+        >>> from adaptbatch import Pareto
+        >>> from adaptbatch.rules import NoiseScale
         >>> NoiseScale() | Pareto(price=900)
         AnyOf(rules=(NoiseScale(memory=None), Pareto(price=900, memory=None)))
     """

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptbatch import noise
+from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence, Progress
 from adaptbatch.rules.base import Limits, hold, in_python, require_memory, require_positive, towards
 from adaptbatch.rules.compose import Composable
@@ -37,7 +37,7 @@ class NoiseScale(Composable):
         McCandlish et al. 2018, arXiv:1812.06162.
 
     Example:
-        >>> from adaptbatch import NoiseEstimate
+        >>> from adaptbatch.records import NoiseEstimate
         >>> at = Progress(accumulation_steps=4, cell_examples=64)
         >>> NoiseScale().decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0)), at, Limits())
         Decision(accumulation_steps=7, target_batch=400.0, reason='grow')
@@ -52,7 +52,7 @@ class NoiseScale(Composable):
 
     def decide(self, evidence: Evidence, progress: Progress, limits: Limits) -> Decision:
         """The noise scale; ``undecided`` while it is unknown."""
-        scale = noise.noise_scale(evidence.pooled)
+        scale = estimate.noise_scale(evidence.pooled)
         return towards(scale, progress, limits, lost=math.isinf(scale))
 
 
@@ -77,7 +77,7 @@ class Pareto(Composable):
         McCandlish et al. 2018, arXiv:1812.06162 (adaptive batch sizes).
 
     Example:
-        >>> from adaptbatch import NoiseEstimate
+        >>> from adaptbatch.records import NoiseEstimate
         >>> at = Progress(accumulation_steps=4, cell_examples=64)
         >>> Pareto(price=900).decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0)), at, Limits(max_growth=9.0))
         Decision(accumulation_steps=10, target_batch=600.0, reason='grow')
@@ -94,7 +94,7 @@ class Pareto(Composable):
 
     def decide(self, evidence: Evidence, progress: Progress, limits: Limits) -> Decision:
         """The geometric mean of price and noise scale; ``undecided`` while that is unknown."""
-        scale = noise.noise_scale(evidence.pooled)
+        scale = estimate.noise_scale(evidence.pooled)
         return towards(math.sqrt(self.price * scale), progress, limits, lost=math.isinf(scale))
 
 
@@ -126,7 +126,7 @@ class Goodput(Composable):
         Qiao et al. 2021 (Pollux), arXiv:2008.12260.
 
     Example:
-        >>> from adaptbatch import NoiseEstimate
+        >>> from adaptbatch.records import NoiseEstimate
         >>> at = Progress(accumulation_steps=4, cell_examples=64)
         >>> rule = Goodput(initial_batch=128, step_seconds=0.9, example_seconds=0.001)
         >>> rule.decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0)), at, Limits(max_growth=9.0))
@@ -155,7 +155,7 @@ class Goodput(Composable):
     def decide(self, evidence: Evidence, progress: Progress, limits: Limits) -> Decision:
         """The best size where it is enough better; ``undecided`` while ``B`` or the seconds are unknown."""
         k, each = progress.accumulation_steps, progress.step_examples
-        scale = noise.noise_scale(evidence.pooled)
+        scale = estimate.noise_scale(evidence.pooled)
         c0 = evidence.step_seconds if self.step_seconds is None else self.step_seconds
         c1 = evidence.example_seconds if self.example_seconds is None else self.example_seconds
         if not (each > 0.0 and scale >= 0.0 and c0 >= 0.0 and c1 >= 0.0 and c0 + c1 > 0.0):
@@ -194,7 +194,7 @@ class CABS(Composable):
         Balles, Romero & Hennig 2017, arXiv:1612.05086.
 
     Example:
-        >>> from adaptbatch import NoiseEstimate
+        >>> from adaptbatch.records import NoiseEstimate
         >>> at = Progress(accumulation_steps=4, cell_examples=64)
         >>> CABS().decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0), loss=0.5, lr=0.125), at, Limits())
         Decision(accumulation_steps=7, target_batch=400.0, reason='grow')
@@ -247,7 +247,7 @@ class DiveBatch(Composable):
         Chen, Wang & Sundaram 2025, arXiv:2509.16173; gradient diversity: Yin et al. 2018, arXiv:1706.05699.
 
     Example:
-        >>> from adaptbatch import Measurement, NoiseEstimate
+        >>> from adaptbatch.records import Measurement, NoiseEstimate
         >>> evidence = Evidence(pooled=NoiseEstimate(1.0, 799.0), window=Measurement(1.0, 1.0, 256.0, 4))
         >>> for seen in (49_920, 50_176, 50_432):
         ...     at = Progress(examples_seen=seen, accumulation_steps=4, cell_examples=64)
@@ -274,7 +274,7 @@ class DiveBatch(Composable):
 
     def decide(self, evidence: Evidence, progress: Progress, limits: Limits) -> Decision:
         """The new size where a pass has just ended, else ``hold``; ``undecided`` while the diversity is unknown."""
-        scale = noise.noise_scale(evidence.pooled)
+        scale = estimate.noise_scale(evidence.pooled)
         if evidence.window is None or math.isnan(scale):
             return towards(math.nan, progress, limits)
         before = progress.examples_seen - evidence.window.global_batch

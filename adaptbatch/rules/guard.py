@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from adaptbatch import noise
+from adaptbatch import estimate
+from adaptbatch.estimate.typical import BOUND, HOLD_MEMORIES
 from adaptbatch.records import Decision, Evidence, Measurement, Progress, Tail
 from adaptbatch.rules.base import Limits, in_python, require_positive
-from adaptbatch.tails import BOUND, HOLD_MEMORIES
 
 # The next size up after an exceedance.
 STEP_UP = 2.0
@@ -33,7 +33,7 @@ def tail_floor(tail: Tail, progress: Progress, limits: Limits, hold: float) -> i
 
 def hold_examples(memory: float | None, progress: Progress) -> float:
     """How long the floor of :func:`tail_floor` stands: ten half-lives of the evidence [examples]."""
-    return HOLD_MEMORIES * noise.memory_examples(memory, progress.cell_examples, progress.global_batch)
+    return HOLD_MEMORIES * estimate.memory_examples(memory, progress.cell_examples, progress.global_batch)
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class Guard:
 
     A step is skipped when its window's ``Q / n`` is more than ``skip_ratio`` times the median of the windows before it,
     at most ``max_skips`` in a row: parameters that went astray need steps to come back, and Adam's second moment, which
-    a long gradient raises, is what slows them down. After an exceedance (:data:`adaptbatch.tails.EXCEEDANCE`) or a
-    non-finite gradient, and once gradients are usual again, ``k`` is at least twice the batch that saw the first of
-    them, for ``hold`` examples. Composes with any rule, also an open-loop one: ``BatchController(..., guard=Guard())``.
+    a long gradient raises, is what slows them down. After an exceedance
+    (:data:`~adaptbatch.estimate.typical.EXCEEDANCE`) or a non-finite gradient, and once gradients are usual again,
+    ``k`` is at least twice the batch that saw the first of them, for ``hold`` examples. Composes with any rule, also an
+    open-loop one: ``BatchController(..., guard=Guard())``.
 
     When it is wrong: where the gradient's scale really jumps tenfold, as at a change of task, it skips good steps; and
     where instability is not noise. On the noisy network of the two-networks study neither skipping nor growing kept a

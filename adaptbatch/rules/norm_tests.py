@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptbatch import noise
+from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress
 from adaptbatch.rules.base import Limits, hold, in_python, require_fraction, require_positive, towards
 from adaptbatch.rules.compose import Composable
@@ -176,7 +176,7 @@ class CosineSimilarity(Composable):
 
     def similarity(self, window: Measurement) -> float:
         """The cosine of two halves of ``window``, in [-1, 1]; NaN without a degree of freedom."""
-        pair = noise.estimate(window)
+        pair = estimate.estimate_window(window)
         length = pair.grad_sq_norm + 2.0 * pair.noise_trace / window.global_batch
         return pair.grad_sq_norm / length if length > 0.0 else math.nan
 
@@ -196,9 +196,9 @@ class CosineSimilarity(Composable):
 
 
 def _moments(window: Measurement | None, population: float) -> NoiseEstimate:
-    return NoiseEstimate(math.nan, math.nan) if window is None else noise.estimate(window, population)
+    return NoiseEstimate(math.nan, math.nan) if window is None else estimate.estimate_window(window, population)
 
 
 def _passing(pair: NoiseEstimate, theta: float, population: float) -> float:
     """The size that passes; NaN while the noise is unknown, whatever the length."""
-    return math.nan if math.isnan(pair.noise_trace) else noise.required_batch(pair, theta, population)
+    return math.nan if math.isnan(pair.noise_trace) else estimate.required_batch(pair, theta, population)

@@ -25,7 +25,7 @@ class Fixed:
         ValueError: If it is not a whole number of at least 1.
 
     Example:
-        >>> from adaptbatch import decide
+        >>> from adaptbatch.rules import decide
         >>> decide(Fixed(4), Evidence(), Progress(accumulation_steps=4, cell_examples=64), Limits())
         Decision(accumulation_steps=4, target_batch=256.0, reason='hold')
     """
@@ -56,7 +56,7 @@ class Replay:
         ValueError: If it is empty or an entry is not a whole number of at least 1.
 
     Example:
-        >>> from adaptbatch import decide
+        >>> from adaptbatch.rules import decide
         >>> rule = Replay([2, 2, 4])
         >>> [decide(rule, Evidence(), Progress(window=t), Limits()).accumulation_steps for t in range(5)]
         [2, 2, 4, 4, 4]
@@ -181,7 +181,7 @@ class Schedule:
         Merrill et al. 2025, arXiv:2505.23971 (batch warm-up in OLMo: doublings at given numbers of tokens).
 
     Example:
-        >>> from adaptbatch import decide
+        >>> from adaptbatch.rules import decide
         >>> rule = Schedule(examples=(0, 1000, 5000), accumulation_steps=(2, 4, 8))
         >>> seen = (0, 999, 1000, 4999, 10**9)
         >>> [decide(rule, Evidence(), Progress(examples_seen=n), Limits()).accumulation_steps for n in seen]

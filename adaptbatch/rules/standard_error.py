@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from adaptbatch import noise
+from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress
 from adaptbatch.rules.base import Limits, in_python, require_memory, require_positive, towards
 from adaptbatch.rules.compose import Composable
@@ -95,7 +95,7 @@ class StandardError(Composable):
         if not (pair.effective_windows >= MIN_EFFECTIVE_WINDOWS and level > 0.0):
             opening = limits.max_steps if self.start == "max" else progress.accumulation_steps
             return Decision(opening, math.nan, "undecided")
-        target = noise.batch_with_error(pair.noise_trace, level, progress.population)
+        target = estimate.batch_with_error(pair.noise_trace, level, progress.population)
         move = towards(target, progress, limits)
         if move.accumulation_steps > progress.accumulation_steps:
             sure = self._excess(pair, level, progress.global_batch, progress) > self.z_grow
@@ -116,6 +116,6 @@ class StandardError(Composable):
 
     def _excess(self, pair: NoiseEstimate, level: float, batch: float, progress: Progress) -> float:
         """``D(batch)`` in its standard errors."""
-        share = noise.inverse_size(batch, progress.population)
+        share = estimate.inverse_size(batch, progress.population)
         excess, error = share * pair.noise_trace - level, share * math.sqrt(max(pair.var_noise_trace, 0.0))
         return excess / error if error > 0.0 else math.copysign(math.inf, excess)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adaptbatch.ghost import GhostProbe
+from adaptbatch.measure.ghost import GhostProbe
 from studies.device.cases import Case, Convolutions, Perceptron, autocast, cases
 from studies.device.exact import SIGMAS, flat
 from studies.device.harness import Report

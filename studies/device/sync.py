@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptbatch as ab
-from adaptbatch.window import HostCopy
+from adaptbatch.accumulate.window import HostCopy
 from studies.device.cases import Case, adam, autocast, cases, hand_written, steady
 from studies.device.harness import Report
 
@@ -57,7 +57,7 @@ SETTINGS = {
     "phase": Setting({"phase": True}),
     "ghost norms": Setting({"ghost": True}, networks=("transformer", "wide MLP")),
     "guard": Setting({"guard": ab.Guard()}, reads_first=True),
-    "kept gradients": Setting({"rule": ab.InnerProductTest()}),
+    "kept gradients": Setting({"rule": ab.rules.InnerProductTest()}),
     "coupled rate": Setting({"learning_rate": ab.LearningRate("linear")}),
     "rate on the device": Setting(lr=lambda device: torch.tensor(1e-4, device=device)),
     "rate on the host": Setting(lr=lambda device: torch.tensor(1e-4)),

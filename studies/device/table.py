@@ -30,7 +30,7 @@ from studies.networks import Autoencoder
 CLASSES = (0, 1)
 LR, MAX_STEPS = 1e-2, 64
 # Rule and micro-batch, as in studies.origin.
-ROWS: dict[str, tuple[ab.Rule, int]] = {
+ROWS: dict[str, tuple[ab.rules.Rule, int]] = {
     "residual VAE, 256": (ab.Fixed(1), 256),
     "residual VAE, 4000": (ab.Fixed(4), 1000),
     "residual VAE, adaptive": (ab.RelativeStandardError(), 128),

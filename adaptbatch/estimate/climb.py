@@ -12,7 +12,7 @@ import math
 from dataclasses import astuple, dataclass
 from typing import Any, Self
 
-from adaptbatch.noise import noise_scale
+from adaptbatch.estimate.moments import noise_scale
 from adaptbatch.records import NoiseEstimate
 
 # A size of the climb counts once it has this many windows, and the climb once the sizes span this factor.

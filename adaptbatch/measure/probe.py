@@ -18,9 +18,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from adaptbatch.distributed import is_sharded, local_part
+from adaptbatch.accumulate.ranks import is_sharded
+from adaptbatch.measure.norms import NormBuffer, norm_dtype, scaled, sum_of_squares
 
-HALF = (torch.float16, torch.bfloat16)
 # Gradients of at most this many elements wait for the end of the backward pass and are measured in one go: one by one,
 # each would cost as much as a large one. Together they are a sliver of the model.
 SMALL = 1024
@@ -58,9 +58,9 @@ class GradientProbe:
         self._samples: list[tuple[Parameter, _Kind]] = []
         # Hooks of any kind, of anybody, when ours were found to be the last.
         self._registered = -1
-        self._boards: list[_NormBoard] = []
-        self._metric_boards: list[_NormBoard] = []
-        self._sum_boards: list[_NormBoard] = []
+        self._buffers: list[NormBuffer] = []
+        self._metric_buffers: list[NormBuffer] = []
+        self._sum_buffers: list[NormBuffer] = []
         self._sums = False
         self._shard_hooks: dict[int, Callable[[Tensor], None]] = {}
         self._unsharded: dict[int, Tensor] = {}
@@ -98,7 +98,7 @@ class GradientProbe:
     def is_attached(self, optimizer: Optimizer) -> bool:
         """Whether the hooks are those of what the optimizer trains now, and the last to see each gradient."""
         trained = [id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        same = trained == self._ids and all((p.device, _norm_dtype(p.dtype)) == kind for p, kind in self._samples)
+        same = trained == self._ids and all((p.device, norm_dtype(p.dtype)) == kind for p, kind in self._samples)
         return same and self._is_last()
 
     def _is_last(self) -> bool:
@@ -111,20 +111,20 @@ class GradientProbe:
         return True
 
     def _hook_all(self) -> None:
-        """One hook a parameter, and one board of norms for each device and type."""
+        """One hook a parameter, and one buffer of norms for each device and type."""
         places: dict[_Kind, list[int]] = {}
         for index, p in enumerate(self.parameters):
-            places.setdefault((p.device, _norm_dtype(p.dtype)), []).append(index)
+            places.setdefault((p.device, norm_dtype(p.dtype)), []).append(index)
         self._ids = [id(p) for p in self.parameters]
         self._samples = [(self.parameters[members[0]], kind) for kind, members in places.items()]
         for (device, dtype), members in places.items():
-            board, metric_board, sum_board = (_NormBoard(len(members), device, dtype) for _ in range(3))
-            self._boards.append(board)
-            self._metric_boards.append(metric_board)
-            self._sum_boards.append(sum_board)
+            buffer, metric_buffer, sum_buffer = (NormBuffer(len(members), device, dtype) for _ in range(3))
+            self._buffers.append(buffer)
+            self._metric_buffers.append(metric_buffer)
+            self._sum_buffers.append(sum_buffer)
             for slot, index in enumerate(members):
                 small = self.parameters[index].numel() <= SMALL
-                notes = [one.hold if small else one.writer(slot) for one in (board, metric_board, sum_board)]
+                notes = [one.hold if small else one.writer(slot) for one in (buffer, metric_buffer, sum_buffer)]
                 hook = self._hook(index, *notes)
                 if is_sharded(self.parameters[index]):
                     self._shard_hooks[index] = hook
@@ -180,7 +180,7 @@ class GradientProbe:
                 grad = grad.detach() if grad.requires_grad else grad
                 note(grad)
                 if self._scales is not None:
-                    note_in_metric(_scaled(grad, self._scales[index]))
+                    note_in_metric(scaled(grad, self._scales[index]))
                 if self._sums:
                     # Before it is synchronised, .grad holds what this rank accumulated.
                     so_far = self.parameters[index].grad
@@ -207,9 +207,9 @@ class GradientProbe:
             sums: Hear the accumulated gradient too, as this rank has it before it is synchronised.
         """
         self._heard.clear()
-        boards = self._boards + ([] if self._scales is None else self._metric_boards) + (self._sum_boards * sums)
-        for board in boards:
-            board.clear(copies=synchronises)
+        buffers = self._buffers + ([] if self._scales is None else self._metric_buffers) + (self._sum_buffers * sums)
+        for buffer in buffers:
+            buffer.clear(copies=synchronises)
         self._open, self._sums = True, sums
         try:
             yield
@@ -240,145 +240,21 @@ class GradientProbe:
                 "a parameter received its gradient in several parts within one backward pass, as reentrant activation "
                 "checkpointing does for a shared parameter; use checkpoint(..., use_reentrant=False)."
             )
-        return sum_of_squares([board.norms() for board in self._boards])
+        return sum_of_squares([buffer.norms() for buffer in self._buffers])
 
     def sq_norm_in_metric(self) -> Tensor | None:
         """The same in the second metric; None without one."""
-        return None if self._scales is None else sum_of_squares([board.norms() for board in self._metric_boards])
+        return None if self._scales is None else sum_of_squares([buffer.norms() for buffer in self._metric_buffers])
 
     def sum_sq_norm(self) -> Tensor | None:
         """That of the accumulated gradient, if it was listened to."""
-        return sum_of_squares([board.norms() for board in self._sum_boards]) if self._sums else None
+        return sum_of_squares([buffer.norms() for buffer in self._sum_buffers]) if self._sums else None
 
     def close(self) -> None:
         """Remove every hook; nothing is left on the parameters."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._boards, self._metric_boards, self._kinds, self.parameters = [], [], [], [], []
-        self._sum_boards, self._shard_hooks, self._unsharded, self._own = [], {}, {}, []
+        self._handles, self._buffers, self._metric_buffers, self._kinds, self.parameters = [], [], [], [], []
+        self._sum_buffers, self._shard_hooks, self._unsharded, self._own = [], {}, {}, []
         self._registered = -1
         self._scales = None
-
-
-class _NormBoard:
-    """The norms of one micro-batch on one device: a slot for each large gradient, one for the small ones together."""
-
-    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._copies = False
-        self._values = torch.zeros(size + 1, device=device, dtype=dtype)
-        self._slots = self._values.unbind()
-        self._held: list[Tensor] = []
-
-    def writer(self, index: int) -> Callable[[Tensor], None]:
-        """What writes the norm of a gradient into its slot."""
-        slot = self._slots[index]
-        return lambda grad: gradient_norm(grad, slot)  # type: ignore[return-value]
-
-    def hold(self, grad: Tensor) -> None:
-        """Keep a small gradient until :meth:`norms`."""
-        values = _values(grad).flatten()
-        # Autograd makes it .grad as it is, and DDP would average it in place before it is measured.
-        self._held.append(values.clone() if self._copies else values)
-
-    def clear(self, copies: bool) -> None:
-        """Nothing heard; hold small gradients as they are now, whatever becomes of them, if ``copies``."""
-        self._copies = copies
-        self._held.clear()
-        self._values.zero_()
-
-    def norms(self) -> Tensor:
-        """All slots, those not written zero."""
-        if self._held:
-            gradient_norm(torch.cat(self._held), self._slots[-1])
-            self._held.clear()
-        return self._values
-
-
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    # Half-precision gradients are small times large: their product is taken in the scale's float32.
-    return (grad.to_dense() if grad.is_sparse else grad) * scale
-
-
-def _values(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
-
-
-def _norm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Norms are float32, and float64 for gradients that are finer."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
-
-def gradient_norm(grad: Tensor, out: Tensor | None = None) -> Tensor:
-    """Euclidean norm, at least in float32, of any layout; duplicate sparse entries are added first."""
-    dtype = torch.float32 if grad.dtype in HALF else None
-    if out is not None and grad.dtype != out.dtype and not grad.is_complex():
-        # A sharded parameter's gradient may be coarser than the parameter.
-        dtype = out.dtype
-    norm: Tensor = torch.linalg.vector_norm(_values(grad), dtype=dtype, out=out)
-    return norm
-
-
-def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
-    """``sum |x_i|^2`` of all entries, in float64 where the device has it: float32 overflows above 1e19."""
-    first = norms[0].device
-    wide = torch.float32 if first.type == "mps" else torch.float64
-    sums = [norm.to(wide).square().sum().to(first) for norm in norms]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-
-
-def batch_gradient_sq_norm(parameters: Sequence[Parameter], scales: Sequence[Tensor] | None = None) -> Tensor:
-    """Squared norm of the accumulated gradient, over all parameters that have one; times ``scales``, if given."""
-    if scales is not None:
-        pairs = [(p.grad, scale) for p, scale in zip(parameters, scales, strict=True) if p.grad is not None]
-        return sum_of_squares([gradient_norm(_scaled(grad, scale)) for grad, scale in pairs])
-    return sum_of_squares(gradient_norms(parameters))
-
-
-def gradient_norms(parameters: Sequence[Parameter]) -> list[Tensor]:
-    """The norms of all gradients, or of this rank's parts of them, those of one device and type in one tensor."""
-    kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
-    for p in parameters:
-        if p.grad is not None:
-            grad = local_part(p.grad)
-            kinds.setdefault((grad.device, grad.dtype, grad.is_sparse), []).append(grad)
-    return [torch.stack(_norms_of(grads)) for grads in kinds.values()]
-
-
-def _norms_of(grads: list[Tensor]) -> list[Tensor]:
-    if grads[0].is_sparse:
-        return [gradient_norm(grad) for grad in grads]
-    return list(torch._foreach_norm(grads, 2, torch.float32 if grads[0].dtype in HALF else None))
-
-
-def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | None]:
-    """Which tensors are in ``.grad`` and how often each was written to; reads no value.
-
-    Example:
-        >>> weight = Parameter(torch.ones(1))
-        >>> weight.sum().backward()
-        >>> before = gradient_stamps([weight])
-        >>> _ = torch.nn.utils.clip_grad_norm_([weight], 0.5)
-        >>> gradient_stamps([weight]) == before
-        False
-    """
-    return [None if g is None else (id(g), local_part(g)._version) for g in (p.grad for p in parameters)]
-
-
-@torch.no_grad()
-def divide_gradients_(parameters: Sequence[Parameter], divisor: float) -> None:
-    """Divide every gradient in place; by 1 it is a no-op, bit for bit."""
-    if divisor == 1.0:
-        return
-    dense = [local_part(p.grad) for p in parameters if p.grad is not None and not p.grad.is_sparse]
-    if dense:
-        torch._foreach_div_(dense, divisor)
-    for p in parameters:
-        if p.grad is not None and p.grad.is_sparse:
-            p.grad.div_(divisor)
-
-
-@torch.no_grad()
-def all_gradients_finite(parameters: Sequence[Parameter]) -> bool:
-    """The exact test, element by element; reads the host, so it is for the rare case only."""
-    grads = [_values(local_part(p.grad)) for p in parameters if p.grad is not None]
-    return all(bool(torch.isfinite(grad).all()) for grad in grads)

@@ -32,7 +32,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from adaptbatch.checkpoint import require_keys
+from adaptbatch.schema import require_keys
 
 STATE_VERSION = 1
 

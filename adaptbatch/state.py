@@ -10,12 +10,12 @@ import math
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any, Self
 
-from adaptbatch import noise
-from adaptbatch.checkpoint import require_loop
-from adaptbatch.floor import Climb
+from adaptbatch import estimate
+from adaptbatch.estimate.climb import Climb
+from adaptbatch.estimate.typical import TypicalTracker
 from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Reason, Response
 from adaptbatch.rules import Guard, Limits, Rule, decide
-from adaptbatch.tails import TypicalTracker
+from adaptbatch.schema import require_loop
 
 # Half of what is known of a window's seconds is of the last hundred windows.
 SECONDS_DECAY = 2.0 ** (-1.0 / 100.0)
@@ -75,12 +75,12 @@ class Loop:
     progress: Progress
     cells_known: float = 0.0
     unequal: int = 0
-    pooled: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
-    metric: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
+    pooled: estimate.NoiseTracker = field(default_factory=estimate.NoiseTracker)
+    metric: estimate.NoiseTracker = field(default_factory=estimate.NoiseTracker)
     typical: TypicalTracker = field(default_factory=TypicalTracker)
     climb: Climb = field(default_factory=Climb)
-    products: noise.NoiseTracker = field(default_factory=noise.NoiseTracker)
-    shards: noise.ShardTracker = field(default_factory=noise.ShardTracker)
+    products: estimate.NoiseTracker = field(default_factory=estimate.NoiseTracker)
+    shards: estimate.ShardTracker = field(default_factory=estimate.ShardTracker)
     window: Measurement | None = None
     changed_at: float = -math.inf
     loss_sum: float = 0.0
@@ -149,13 +149,13 @@ class Loop:
 
     def memory(self, rule: Rule) -> float:
         """Half-life of the evidence for the window just counted [examples]."""
-        return noise.memory_examples(rule.memory, self.progress.cell_examples, self.progress.global_batch)
+        return estimate.memory_examples(rule.memory, self.progress.cell_examples, self.progress.global_batch)
 
     def heard(self, window: Heard, memory: float) -> Loop:
         """The loop with one finite window's numbers pooled."""
         population, euclidean = self.progress.population, window.measurement
         n = euclidean.global_batch
-        pooled = self.pooled.update(noise.estimate(euclidean, population), n, memory)
+        pooled = self.pooled.update(estimate.estimate_window(euclidean, population), n, memory)
         decay = 2.0 ** (-n / memory)
         # A loss that is not a number, as of labels that are all ignored, would stay in the sum for ever.
         heard = n if math.isfinite(window.loss) else 0.0
@@ -173,7 +173,7 @@ class Loop:
         if self.metric.weight == 0.0:
             # Another unit: what was known in the old one does not carry over.
             loop = replace(loop, typical=TypicalTracker(), climb=Climb())
-        pair = noise.estimate(in_metric, population)
+        pair = estimate.estimate_window(in_metric, population)
         return replace(loop, metric=loop.metric.update(pair, n, memory))._weighed(window, in_metric, memory)
 
     def comparable(self, window: Heard) -> Measurement | None:
@@ -191,7 +191,7 @@ class Loop:
 
     def _weighed(self, heard: Heard, window: Measurement, memory: float) -> Loop:
         """The channels of the decision, one window later."""
-        pair = noise.estimate(window, self.progress.population)
+        pair = estimate.estimate_window(window, self.progress.population)
         steps = window.cells if heard.steps is None else heard.steps
         return replace(
             self,
@@ -282,10 +282,10 @@ class Loop:
 
 
 _TRACKERS: dict[str, Any] = {
-    "pooled": noise.NoiseTracker,
-    "metric": noise.NoiseTracker,
+    "pooled": estimate.NoiseTracker,
+    "metric": estimate.NoiseTracker,
     "typical": TypicalTracker,
     "climb": Climb,
-    "products": noise.NoiseTracker,
-    "shards": noise.ShardTracker,
+    "products": estimate.NoiseTracker,
+    "shards": estimate.ShardTracker,
 }

@@ -11,19 +11,27 @@ from collections.abc import Collection, Mapping
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 
-from adaptbatch.curves import PARTS, draw, unit_of
-from adaptbatch.history import History
+from adaptbatch.reporting.curves import PARTS, draw, unit_of
 
 NEEDED = ("examples_seen", "accumulation_steps", "global_batch", "reason", "loss", "noise_scale")
 # Letters of a name in the plot.
 NAME = 32
 # Rows of the table of decisions.
 MOVES = 3000
-Source = History | pd.DataFrame | str | PathLike[str]
+
+
+@runtime_checkable
+class Tabular(Protocol):
+    """A history."""
+
+    def to_pandas(self) -> pd.DataFrame: ...
+
+
+Source = Tabular | pd.DataFrame | str | PathLike[str]
 
 
 def report(
@@ -208,10 +216,10 @@ def _name(source: object) -> str:
 
 
 def _frame(name: str, source: object) -> pd.DataFrame:
-    if isinstance(source, History):
-        frame = source.to_pandas()
-    elif isinstance(source, pd.DataFrame):
+    if isinstance(source, pd.DataFrame):
         frame = source
+    elif isinstance(source, Tabular):
+        frame = source.to_pandas()
     elif isinstance(source, str | PathLike):
         frame = pd.read_parquet(Path(source))
     else:

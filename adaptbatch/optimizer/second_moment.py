@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2
+from adaptbatch.optimizer.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2
 
 # Where each optimizer keeps its second moment; only exp_avg_sq is divided by 1 - beta2^t before use.
 _MOMENT_KEYS: dict[type[Optimizer], str] = {

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from adaptbatch.noise import inverse_size
+from adaptbatch.estimate import inverse_size
 from adaptbatch.records import NoiseEstimate
 
 Scaling = Literal["none", "sqrt", "linear", "gain", "sqrt_gain"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from adaptbatch.distributed import Ranks
+from adaptbatch.accumulate.ranks import Ranks
 
 Item = TypeVar("Item")
 

@@ -39,7 +39,7 @@ def require_state(state: Any) -> None:
 
 
 def require_loop(name: str, state: Any) -> None:
-    """The same for the state of a :class:`~adaptbatch.loop.Loop`, which is called ``name``."""
+    """The same for the state of a :class:`~adaptbatch.state.Loop`, which is called ``name``."""
     _LOOP(name, state)
     seen = state["progress"]["examples_seen"]
     if state["changed_at"] > seen:

@@ -17,7 +17,7 @@ import statistics
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from adaptbatch.noise import NoiseTracker
+from adaptbatch.estimate.tracker import NoiseTracker
 from adaptbatch.records import Measurement, NoiseEstimate, Tail
 
 # Windows whose median is the level; fewer than LEVEL_LEAST of them are none.

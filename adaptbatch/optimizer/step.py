@@ -11,9 +11,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from adaptbatch.checks import require_plain_step, require_scaler
-from adaptbatch.learning_rate import UNTOUCHED, Adjustment, LearningRate
-from adaptbatch.noise import NoiseTracker
-from adaptbatch.optimizer_state import require_coupling, scaled_step
+from adaptbatch.estimate import NoiseTracker
+from adaptbatch.optimizer.learning_rate import UNTOUCHED, Adjustment, LearningRate
+from adaptbatch.optimizer.second_moment import require_coupling, scaled_step
 
 
 class Stepper:

@@ -12,22 +12,17 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from adaptbatch.accumulate.ranks import Ranks, local_part, unique_share
+from adaptbatch.accumulate.window import OpenWindow, SquaredNorms
 from adaptbatch.checks import require_examples
-from adaptbatch.distributed import Ranks, local_part, unique_share
-from adaptbatch.ghost import GhostProbe
-from adaptbatch.gradients import PreviousGradient, WindowGradients
-from adaptbatch.learning_rate import Adjustment
-from adaptbatch.optimizer_state import metric_scales, require_metric
-from adaptbatch.probe import (
-    GradientProbe,
-    batch_gradient_sq_norm,
-    divide_gradients_,
-    gradient_norm,
-    gradient_stamps,
-)
+from adaptbatch.measure.copies import PreviousGradient, WindowGradients
+from adaptbatch.measure.ghost import GhostProbe
+from adaptbatch.measure.norms import batch_gradient_sq_norm, divide_gradients_, gradient_norm, gradient_stamps
+from adaptbatch.measure.probe import GradientProbe
+from adaptbatch.measure.seal import GradientSeal, checks_all, rounding
+from adaptbatch.optimizer.learning_rate import Adjustment
+from adaptbatch.optimizer.second_moment import metric_scales, require_metric
 from adaptbatch.records import Measurement
-from adaptbatch.seal import GradientSeal, checks_all, rounding
-from adaptbatch.window import OpenWindow, SquaredNorms
 
 Metric = Literal["euclidean", "adam"]
 
@@ -36,7 +31,7 @@ HEAVY = 4.0
 
 
 class Sensor:
-    """Turns backward passes into the sums of an :class:`~adaptbatch.window.OpenWindow`.
+    """Turns backward passes into the sums of an :class:`~adaptbatch.accumulate.window.OpenWindow`.
 
     Args:
         model, optimizer: What is trained.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptbatch.distributed import Ranks
-from adaptbatch.loop import Heard
+from adaptbatch.accumulate.ranks import Ranks
 from adaptbatch.records import Measurement
+from adaptbatch.state import Heard
 
 
 @dataclass

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptbatch import noise
-from adaptbatch.loop import Loop
+from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence
-from adaptbatch.watch import Logger
+from adaptbatch.reporting.loggers import Logger
+from adaptbatch.state import Loop
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ class History:
     noise_trace           this window's unbiased ``tr(Sigma)`` [g^2 example]
     noise_scale           pooled ``B = tr(Sigma) / |G|^2`` [examples], with its 95 % interval ``_low``, ``_high``
     relative_error        pooled ``sqrt(phi(n) tr(Sigma)) / |G|`` of this window's gradient [1]
-    noise_scale_typical   ``B`` of an ordinary window (:mod:`adaptbatch.tails`), in the decision's metric [examples]
+    noise_scale_typical   ``B`` of an ordinary window (:mod:`~adaptbatch.estimate.typical`), in its metric [examples]
     noise_scale_metric    pooled ``B`` in the optimizer's metric [examples]; NaN without one or while it is not warm
     tail_excess           this window's ``Q / n`` over the median of those before [1]
     tail_share            share of the pooled sum of squares beyond the bound of the typical channel [1]
@@ -165,7 +165,7 @@ class History:
         are all here, and must not leave the other ranks waiting for this one.
 
         Args:
-            logger: One of :mod:`adaptbatch.watch`, or any object with its ``log(row)`` and ``close()``.
+            logger: One of :mod:`adaptbatch.reporting.loggers`, or any object with its ``log(row)`` and ``close()``.
 
         Raises:
             TypeError: If ``logger`` is none.
@@ -185,8 +185,8 @@ class History:
         """
         if not isinstance(logger, Logger):
             raise TypeError(
-                f"logger must have the methods log(row) and close(), got {type(logger).__name__}; adaptbatch.watch "
-                f"wraps TensorBoard, Weights & Biases and the terminal."
+                f"logger must have the methods log(row) and close(), got {type(logger).__name__}; "
+                f"adaptbatch.reporting.loggers wraps TensorBoard, Weights & Biases and the terminal."
             )
         if any(one is logger for one in self._loggers):
             raise ValueError(f"logger must not be watching already, got {logger!r} again; unwatch() it first.")
@@ -242,7 +242,7 @@ class History:
 
     def to_html(self, path: str | Path, *, title: str = "adaptbatch") -> Path:
         """Write one self-contained page about this run, see :func:`adaptbatch.report` (needs the ``report`` extra)."""
-        from adaptbatch.page import report
+        from adaptbatch.reporting.html import report
 
         return report(self, path, title=title)
 
@@ -267,12 +267,12 @@ class History:
             >>> history.plot().get_xlabel()
             'examples seen'
         """
-        from adaptbatch.drawing import draw_history
+        from adaptbatch.reporting.plot import draw_history
 
         return draw_history(self.to_pandas(), ax)
 
     def _repr_html_(self) -> str:
-        from adaptbatch.page import notebook
+        from adaptbatch.reporting.html import notebook
 
         return notebook(self.to_pandas())
 
@@ -287,19 +287,19 @@ def decision_row(loop: Loop, evidence: Evidence, decision: Decision, batch: floa
         batch: ``n`` of the window that ended [examples].
     """
     euclidean, in_metric = loop.pooled.estimate(), loop.metric.estimate()
-    low, high = noise.noise_scale_interval(euclidean)
+    low, high = estimate.noise_scale_interval(euclidean)
     own = ("loss", "grad_sq_norm", "noise_trace", "consecutive_product", "batch_grad_norm", "applied_grad_norm", "lr")
     return dict.fromkeys(own, math.nan) | {
         "examples_seen": loop.progress.examples_seen,
         "global_batch": batch,
         "target_batch": decision.target_batch,
         "reason": decision.reason,
-        "noise_scale": noise.noise_scale(euclidean),
+        "noise_scale": estimate.noise_scale(euclidean),
         "noise_scale_low": low,
         "noise_scale_high": high,
-        "relative_error": noise.relative_error(evidence.pooled, batch, loop.progress.population),
-        "noise_scale_typical": noise.noise_scale(evidence.typical),
-        "noise_scale_metric": noise.noise_scale(in_metric),
+        "relative_error": estimate.relative_error(evidence.pooled, batch, loop.progress.population),
+        "noise_scale_typical": estimate.noise_scale(evidence.typical),
+        "noise_scale_metric": estimate.noise_scale(in_metric),
         "tail_excess": evidence.tail.excess,
         "tail_share": evidence.tail.share,
         "elasticity": evidence.response.elasticity,

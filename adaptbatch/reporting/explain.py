@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from adaptbatch import noise
+from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence, Progress
 from adaptbatch.rules import Limits, Rule
 
@@ -45,7 +45,7 @@ def explain(
     decision: Decision,
     limits: Limits,
     rows: pd.DataFrame,
-    shards: noise.ShardTracker,
+    shards: estimate.ShardTracker,
     cold_metric: bool = False,
     unit: str = "examples",
 ) -> str:
@@ -67,7 +67,7 @@ def explain(
         >>> from adaptbatch import Fixed
         >>> at = Progress(accumulation_steps=2, cell_examples=64.0, examples_seen=0.0)
         >>> decision = Decision(2, 128.0, "hold")
-        >>> text = explain(Fixed(2), Evidence(), at, decision, Limits(1), pd.DataFrame(), noise.ShardTracker())
+        >>> text = explain(Fixed(2), Evidence(), at, decision, Limits(1), pd.DataFrame(), estimate.ShardTracker())
         >>> print(text.split(". ")[0])
         No window has told anything about the noise yet
     """
@@ -83,15 +83,15 @@ def _measured(evidence: Evidence, progress: Progress, unit: str) -> str:
     pooled, typical = evidence.pooled, evidence.typical
     if not pooled.effective_windows > 0.0:
         return "No window has told anything about the noise yet."
-    low, high = noise.noise_scale_interval(pooled)
+    low, high = estimate.noise_scale_interval(pooled)
     text = (
-        f"After {progress.examples_seen:,.0f} {unit} the noise scale is {_size(noise.noise_scale(pooled))} "
+        f"After {progress.examples_seen:,.0f} {unit} the noise scale is {_size(estimate.noise_scale(pooled))} "
         f"(95 %: {_size(low)} to {_size(high)})"
     )
     if typical.effective_windows > 0.0:
-        text += f", that of an ordinary window {_size(noise.noise_scale(typical))}"
+        text += f", that of an ordinary window {_size(estimate.noise_scale(typical))}"
     decisive = typical if typical.effective_windows > 0.0 else pooled
-    error = noise.relative_error(decisive, progress.global_batch, progress.population)
+    error = estimate.relative_error(decisive, progress.global_batch, progress.population)
     return f"{text}, and a batch of {_size(progress.global_batch)} has a relative standard error of {error:.2f}."
 
 
@@ -106,7 +106,7 @@ def _decided(rule: Rule, decision: Decision, progress: Progress, unit: str) -> s
 
 
 def _careful(
-    evidence: Evidence, limits: Limits, rows: pd.DataFrame, shards: noise.ShardTracker, cold_metric: bool, unit: str
+    evidence: Evidence, limits: Limits, rows: pd.DataFrame, shards: estimate.ShardTracker, cold_metric: bool, unit: str
 ) -> str:
     cautions = []
     if cold_metric:
@@ -120,7 +120,7 @@ def _careful(
             share = float((recent["accumulation_steps"] == bound).mean())
             if share > 0.5:
                 cautions.append(f"{share:.0%} of the last {len(recent)} windows stood at {name} = {bound}")
-    if math.isinf(noise.noise_scale_interval(evidence.pooled)[1]):
+    if math.isinf(estimate.noise_scale_interval(evidence.pooled)[1]):
         cautions.append("the evidence does not tell the gradient's length from zero")
     if evidence.tail.share > 0.5:
         cautions.append(f"{evidence.tail.share:.0%} of the pooled variance sits in windows far above the usual one")
