@@ -138,7 +138,7 @@ class TestEveryRule:
 
     @every_rule
     def test_is_a_value(self, rule):
-        assert eval(repr(rule), vars(ab)) == rule
+        assert eval(repr(rule), vars(ab.rules)) == rule
         assert pickle.loads(pickle.dumps(rule)) == rule
         assert hash(rule) == hash(replace(rule))
         assert isinstance(rule, ab.rules.Rule)
@@ -150,7 +150,7 @@ class TestEveryRule:
         given = {item.name: in_numpy(getattr(rule, item.name)) for item in fields(rule)}
         same = type(rule)(**given)
         assert same == rule
-        assert eval(repr(same), vars(ab)) == rule
+        assert eval(repr(same), vars(ab.rules)) == rule
 
     @every_rule
     @given(evidence=evidence, progress=progress, limits=limits)
@@ -460,7 +460,7 @@ class TestGuard:
 
     def test_is_a_value(self):
         guard = Guard(skip_ratio=25.0, max_skips=0, hold=1e6)
-        assert eval(repr(guard), vars(ab)) == guard
+        assert eval(repr(guard), vars(ab.rules)) == guard
         assert pickle.loads(pickle.dumps(guard)) == guard
         assert hash(guard) == hash(replace(guard))
 
