@@ -18,7 +18,7 @@ import torch
 import adaptbatch as ab
 from adaptbatch import curves, page
 from adaptbatch.history import COLUMNS, History
-from studies.results import RESULTS
+from studies.engine.results import RESULTS
 
 NASTY = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
 

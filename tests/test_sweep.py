@@ -18,17 +18,19 @@ from sklearn.metrics import roc_auc_score
 
 import adaptbatch as ab
 import studies
-from studies import comparison, data, depth, origin, reduce, sweep
-from studies.accuracy import exact_moments, network_and_examples
-from studies.arms import OPTIMIZERS, Arm, Constant, Follow, Warmup
-from studies.catalogue import STUDIES
-from studies.networks import Autoencoder
-from studies.results import ResultsError, read_table, write_atomically
-from studies.runner import Run
-from studies.sweep import Found, Options, Study, Where, carry_out, collect
-from studies.training import Task, score, train
-from studies.tuning import Range, trials
+from studies import data
+from studies.engine import reduce, sweep
+from studies.engine.arms import OPTIMIZERS, Arm, Constant, Follow, Warmup
+from studies.engine.networks import Autoencoder
+from studies.engine.results import ResultsError, read_table, write_atomically
+from studies.engine.runner import Run
+from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
+from studies.engine.training import Task, score, train
+from studies.engine.tuning import Range, trials
+from studies.questions import catalogue, comparison, depth, origin
+from studies.questions.overhead.accuracy import exact_moments, network_and_examples
 
+STUDIES = catalogue()
 ROOT = Path(__file__).parent.parent
 TINY = Task("digits", 320, 32, probe_examples=40, probe_every=64, depth=8, widths=(16, 8), code=4, anomaly=0)
 
@@ -308,7 +310,7 @@ class TestResults:
             studies.load("nope", folder=tmp_path)
 
     def test_reading_results_needs_no_torch(self):
-        code = "import sys, studies, studies.verdicts; assert not {'torch', 'adaptbatch'} & set(sys.modules)"
+        code = "import sys, studies, studies.output.verdicts; assert not {'torch', 'adaptbatch'} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
