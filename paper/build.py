@@ -10,8 +10,8 @@ import typst
 
 from paper import contents
 from paper.ledger import Ledger
-from studies import provenance
-from studies.results import RESULTS
+from studies.engine import provenance
+from studies.engine.results import RESULTS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -6,7 +6,7 @@ import pandas as pd
 from scipy import stats
 
 from paper.ledger import Ledger, holds, shown, spread
-from studies.verdicts import SWEEP
+from studies.output.verdicts import SWEEP
 
 HOME = "mnist"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from paper import comparison, findings, method
 from paper.ledger import Ledger, spread
-from studies.verdicts import VERDICTS, counted
+from studies.output.verdicts import VERDICTS, counted
 
 # Studies whose claims were written down before their runs.
 CLAIMED = ("comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")

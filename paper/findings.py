@@ -54,7 +54,7 @@ def depth(ledger: Ledger) -> None:
     said = "depth/noise: (estimated_x - x) / se_x, x = noise_trace, grad_sq_norm"
     ledger.add("depth.checks", str(len(errors)), f"{said}: count")
     ledger.add("depth.estimates", f"{(errors.abs() < 2).mean():.0%}", f"{said}: share within 2")
-    ledger.add("depth.examples", "512", "the code: SCALES of studies/depth.py: examples of the laptop preset")
+    ledger.add("depth.examples", "512", "the code: SCALES of studies/questions/depth.py: examples of the laptop preset")
 
 
 def _power(powers: pd.DataFrame, key: tuple[object, ...]) -> str:
@@ -299,7 +299,7 @@ def momentum(ledger: Ledger) -> None:
     head = [f"{batch:.0f}: rate" if first else text for batch in (small, large) for first, text in HEADS]
     ledger.table("momentum", place, ["", "momentum", *head, f"{large:.0f} / {small:.0f}"], rows)
     ledger.add("momentum.trials", str(trials), "momentum/runs: stage = tune: rows of an optimizer and a batch")
-    ledger.add("momentum.works", f"{WORKS:g}", "the code: WORKS of studies/momentum.py")
+    ledger.add("momentum.works", f"{WORKS:g}", "the code: WORKS of studies/questions/momentum.py")
     ledger.add("momentum.small", f"{small:.0f}", f"{place}: smallest batch")
     ledger.add("momentum.large", f"{large:.0f}", f"{place}: largest batch")
     works = table.pivot_table(index="optimizer", columns="batch", values="rates that work")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from studies.results import RESULTS, read_table
+from studies.engine.results import RESULTS, read_table
 
 NEVER = "∞"
 

@@ -1,5 +1,5 @@
 """Comparative studies of adaptbatch: one results schema, one training loop, arms as values."""
 
-from studies.results import load
+from studies.engine.results import load
 
 __all__ = ["load"]

@@ -10,20 +10,19 @@ import pandas as pd
 import tyro
 from rich.progress import Progress, TimeElapsedColumn
 
-from studies import quick as quick_study
-from studies import ranks
-from studies import two_networks as two_networks_study
-from studies.analysis import summary
-from studies.figures import closed_loop_figure, quick_figure
-from studies.provenance import record
-from studies.results import RESULTS, write_atomically
-from studies.runner import RUNS, provenance, run_all
-from studies.sweep import Cluster, Preset, Study
+from studies.engine import ranks
+from studies.engine.analysis import summary
+from studies.engine.provenance import record
+from studies.engine.results import RESULTS, write_atomically
+from studies.engine.runner import RUNS, provenance, run_all
+from studies.engine.sweep import Cluster, Preset, Study
+from studies.output.figures import closed_loop_figure, quick_figure
+from studies.questions import catalogue
+from studies.questions import quick as quick_study
+from studies.questions import two_networks as two_networks_study
 
 Data = Literal["mnist", "fashion", "shuttle", "digits"]
-Name = Literal[
-    "origin", "live", "transformer", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable"
-]
+Name = Annotated[str, tyro.conf.arg(help="of a study that `list` names")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -61,7 +60,7 @@ def quick(
         micro_batch=quick_study.MICRO_BATCH,
         collapsed=quick_study.mean_image_loss(),
     )
-    print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/schema.py)")
+    print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/engine/schema.py)")
     print(f"figure  {out / 'figure.png'}")
     print(f"took    {time.perf_counter() - started:.0f} s")
 
@@ -73,8 +72,8 @@ def overhead(
     windows: Annotated[int, tyro.conf.arg(help="windows for the bias of the estimates")] = 1000,
 ) -> None:
     """What the controller costs and how right it is: time, memory and host reads against peers, bias of estimates."""
-    from studies import accuracy
-    from studies import overhead as study
+    from studies.questions import overhead as study
+    from studies.questions.overhead import accuracy
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
         task = bar.add_task("windows, interleaved", total=rounds)
@@ -105,8 +104,8 @@ def two_networks(
 ) -> None:
     """One rule on a noisy and on a well-behaved network, against fixed batches; finished runs are kept."""
     from adaptbatch.estimate.typical import EXCEEDANCE
-    from studies.channel_designs import designs
-    from studies.channel_figure import channel_figure
+    from studies.output.channel_figure import channel_figure
+    from studies.questions.two_networks.channel_designs import designs
 
     study, tables, verdicts = two_networks_study, {}, []
     for name in study.TASKS if network is None else (network,):
@@ -133,7 +132,7 @@ def closed_loop(
     workers: int = 2,
 ) -> None:
     """Every rule against a noise scale that is known: switches, reversals, error, lag."""
-    from studies import closed_loop as study
+    from studies.questions import closed_loop as study
 
     runs, windows = study.run_study(seeds, workers)
     table = study.table(runs)
@@ -155,8 +154,8 @@ def calibration(
     workers: Annotated[int, tyro.conf.arg(help="processes, one thread each")] = 2,
 ) -> None:
     """Do the 95 % intervals cover the truth, and is any peer's estimator closer to it?"""
-    from studies import calibration as study
-    from studies.figures import calibration_figure
+    from studies.output.figures import calibration_figure
+    from studies.questions import calibration as study
 
     tables = study.run(repeats=repeats, runs=runs, workers=workers)
     for name, table in tables.items():
@@ -171,9 +170,7 @@ def calibration(
 @app.command(name="list")
 def list_studies() -> None:
     """The studies of many runs, for ``run``, ``status`` and ``report``."""
-    from studies.catalogue import STUDIES
-
-    for study in STUDIES.values():
+    for study in catalogue().values():
         print(f"{study.name:<12} {study.about}")
 
 
@@ -192,7 +189,7 @@ def run(
     out: Annotated[Path | None, tyro.conf.arg(help="where the study's tables go; runs/PRESET if not given")] = None,
 ) -> None:
     """Run what is missing of a study, here or on a cluster, and show its tables; finished runs are kept."""
-    from studies.sweep import Options, Where, carry_out
+    from studies.engine.sweep import Options, Where, carry_out
 
     study, options = _study(name), Options(preset, seeds, data)
     carry_out(study, options, Where(workers, device, cluster, minutes, partition), out, store)
@@ -208,7 +205,7 @@ def status(
     store: Path = RUNS / "store",
 ) -> None:
     """How much of a study is done, by stage, as far as its runs can be named now."""
-    from studies.sweep import Found, Options, committed
+    from studies.engine.sweep import Found, Options, committed
 
     found = Found(store, committed())
     runs = _study(name).plan(Options(preset, seeds, data), found)
@@ -231,20 +228,20 @@ def report(
     html: Annotated[Path, tyro.conf.arg(help="folder of the page")] = RUNS / "report",
 ) -> None:
     """Tables and figures of a study and one page that shows them; or a page of your own runs."""
-    from studies import pages
-    from studies.catalogue import STUDIES
+    from studies.output import pages
 
-    files = [Path(one) for one in what if one not in STUDIES]
+    studies = catalogue()
+    files = [Path(one) for one in what if one not in studies]
     if files:
         missing = [str(path) for path in files if not path.is_file()]
         if missing or len(files) < len(what):
-            raise SystemExit(f"what must be studies ({', '.join(STUDIES)}) or files, got {missing or list(what)}.")
+            raise SystemExit(f"what must be studies ({', '.join(studies)}) or files, got {missing or list(what)}.")
         print(f"page    {pages.own_page(files, html / f'{files[0].stem}.html')}")
         return
-    for name in what or [name for name in STUDIES if (results / name / "runs.parquet").is_file()]:
-        _report(_study(name), results / name)
+    for name in what or [name for name in studies if (results / name / "runs.parquet").is_file()]:
+        _report(studies[name], results / name)
         if (results / name / "runs.parquet").is_file():
-            print(f"page    {pages.study_page(name, _study(name).about, results, html / f'{name}.html')}")
+            print(f"page    {pages.study_page(name, studies[name].about, results, html / f'{name}.html')}")
 
 
 @app.command
@@ -256,9 +253,10 @@ def fetch(name: tyro.conf.Positional[Data]) -> None:
 
 
 def _study(name: str) -> Study:
-    from studies.catalogue import STUDIES
-
-    return STUDIES[name]
+    studies = catalogue()
+    if name not in studies:
+        raise SystemExit(f"name must be a study ({', '.join(studies)}), got {name!r}.")
+    return studies[name]
 
 
 def _report(study: Study, folder: Path) -> None:
@@ -272,7 +270,7 @@ def _report(study: Study, folder: Path) -> None:
 @app.command
 def readme() -> None:
     """Write the numbers of README.md from the committed results."""
-    from studies import readme as page
+    from studies.output import readme as page
 
     page.write()
 

@@ -1,4 +1,4 @@
-"""studies/calibration.py: draws of known moments, every estimator on gradients whose answer is known by hand."""
+"""questions/calibration.py: draws of known moments, every estimator on gradients whose answer is known by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from studies import calibration as study
-from studies.figures import calibration_figure
+from studies.output.figures import calibration_figure
+from studies.questions import calibration as study
 
 # Two micro-batches of two examples with the gradients (4, 2) and (2, 0): cells' means 3 and 1, their mean 2.
 EXAMPLES = [torch.tensor([[-4.0], [-2.0]]), torch.tensor([[-2.0], [0.0]])]

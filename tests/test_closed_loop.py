@@ -1,4 +1,4 @@
-"""studies/closed_loop.py: the simulator draws what it says, and the default rule keeps its promise in it."""
+"""studies/questions/closed_loop.py: the simulator draws what it says, and the default rule keeps its promise in it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 import adaptbatch as ab
 from adaptbatch import estimate
-from studies import closed_loop
-from studies.closed_loop import CELL, DIMENSION, FLOOR, LIMITS, RULES, Profile
-from studies.figures import closed_loop_figure
+from studies.output.figures import closed_loop_figure
+from studies.questions import closed_loop
+from studies.questions.closed_loop import CELL, DIMENSION, FLOOR, LIMITS, RULES, Profile
 
 PROFILES = {profile.name: profile for profile in closed_loop.PROFILES}
 MEAN = np.r_[2.0, np.zeros(DIMENSION - 1)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptbatch as ab
-from studies.overhead import Allocations, HostReads
+from studies.questions.overhead import Allocations, HostReads
 from tests.test_controller import batches, run, small_model
 
 

@@ -23,11 +23,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import adaptbatch as ab
 from adaptbatch import sensor
 from adaptbatch.accumulate.window import HostCopy, OpenWindow
-from studies import origin
 from studies.device import bias, exact, harness, table
 from studies.device import ghost as ghost_section
 from studies.device.cases import cases
 from studies.device.sync import SETTINGS, Reads
+from studies.questions import origin
 
 REPOSITORY = Path(__file__).parents[1]
 NEEDED = ("torch", "numpy", "scipy", "pandas", "pytest")

@@ -19,7 +19,7 @@ import adaptbatch as ab
 from adaptbatch.reporting import curves
 from adaptbatch.reporting import html as page
 from adaptbatch.reporting.history import COLUMNS, History
-from studies.results import RESULTS
+from studies.engine.results import RESULTS
 
 NASTY = "</script><script>window.broken = 1</script><img src=x onerror='window.broken = 1'>"
 

@@ -13,8 +13,9 @@ import pytest
 import adaptbatch as ab
 from paper import build, contents, method
 from paper.ledger import Ledger, LedgerError, holds, shown
-from studies import depth, momentum, provenance
-from studies.results import RESULTS, write_atomically
+from studies.engine import provenance
+from studies.engine.results import RESULTS, write_atomically
+from studies.questions import depth, momentum
 
 PAPER = Path(build.__file__).parent
 TEXTS = sorted(PAPER.glob("sections/*.typ"))

@@ -9,7 +9,8 @@ import pytest
 
 import adaptbatch
 from paper import build
-from studies import provenance, readme
+from studies.engine import provenance
+from studies.output import readme
 
 CODE = '''"""A module."""
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import adaptbatch as ab
 from adaptbatch.records import Reason
-from studies import readme
+from studies.output import readme
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

@@ -21,12 +21,15 @@ from torch import nn
 
 import adaptbatch as ab
 from adaptbatch.reporting.history import COLUMNS as HISTORY
-from studies import accuracy, analysis, contenders, data, overhead, quick, schema, training
+from studies import data
 from studies.__main__ import app
-from studies.arms import Arm, Warmup
-from studies.networks import Autoencoder, ResidualLayer, fit_width
-from studies.runner import Run, run_all
-from studies.training import Task, evaluate, shuffled_passes, train
+from studies.engine import analysis, schema, training
+from studies.engine.arms import Arm, Warmup
+from studies.engine.networks import Autoencoder, ResidualLayer, fit_width
+from studies.engine.runner import Run, run_all
+from studies.engine.training import Task, evaluate, shuffled_passes, train
+from studies.questions import overhead, quick
+from studies.questions.overhead import accuracy, contenders
 from tests.processes import CONTEXT, start
 
 ROOT = Path(__file__).parent.parent

@@ -6,6 +6,7 @@ import gzip
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,17 +19,20 @@ from sklearn.metrics import roc_auc_score
 
 import adaptbatch as ab
 import studies
-from studies import comparison, data, depth, origin, reduce, sweep
-from studies.accuracy import exact_moments, network_and_examples
-from studies.arms import OPTIMIZERS, Arm, Constant, Follow, Warmup
-from studies.catalogue import STUDIES
-from studies.networks import Autoencoder
-from studies.results import ResultsError, read_table, write_atomically
-from studies.runner import Run
-from studies.sweep import Found, Options, Study, Where, carry_out, collect
-from studies.training import Task, score, train
-from studies.tuning import Range, trials
+from studies import data, questions
+from studies.__main__ import app
+from studies.engine import reduce, sweep
+from studies.engine.arms import OPTIMIZERS, Arm, Constant, Follow, Warmup
+from studies.engine.networks import Autoencoder
+from studies.engine.results import ResultsError, read_table, write_atomically
+from studies.engine.runner import Run
+from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
+from studies.engine.training import Task, score, train
+from studies.engine.tuning import Range, trials
+from studies.questions import catalogue, comparison, depth, origin
+from studies.questions.overhead.accuracy import exact_moments, network_and_examples
 
+STUDIES = catalogue()
 ROOT = Path(__file__).parent.parent
 TINY = Task("digits", 320, 32, probe_examples=40, probe_every=64, depth=8, widths=(16, 8), code=4, anomaly=0)
 
@@ -308,8 +312,81 @@ class TestResults:
             studies.load("nope", folder=tmp_path)
 
     def test_reading_results_needs_no_torch(self):
-        code = "import sys, studies, studies.verdicts; assert not {'torch', 'adaptbatch'} & set(sys.modules)"
+        modules = [
+            "engine.analysis",
+            "engine.provenance",
+            "engine.reduce",
+            "engine.schema",
+            "engine.tuning",
+            "questions",
+        ]
+        modules += ["output.channel_figure", "output.figures", "output.fronts", "output.readme", "output.verdicts"]
+        named = ", ".join(f"studies.{name}" for name in modules)
+        code = f"import sys, {named}; assert not {{'torch', 'adaptbatch'}} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+TOY = """
+import adaptbatch as ab
+from studies.engine.arms import Arm
+from studies.engine.runner import Run
+from studies.engine.sweep import Study, from_runs
+from studies.engine.training import Task
+
+EXAMPLES = {"smoke": 320, "laptop": 1280, "paper": 1280}
+
+
+def plan(options, found):
+    task = Task("digits", EXAMPLES[options.preset], 32, probe_examples=40, depth=8, widths=(16, 8), code=4)
+    return [Run("toy", task, Arm(f"fixed {32 * k}", ab.Fixed(k), lr=1e-3), 0, (("stage", "final"),)) for k in (1, 2)]
+
+
+def tables(runs, curves):
+    return {"ends": runs[["arm", "updates"]]}
+
+
+STUDY = Study("toy", "a file that was put there", plan, from_runs(tables))
+"""
+
+
+@pytest.fixture
+def put(tmp_path, monkeypatch) -> Iterator[Callable[[str, str], None]]:
+    """Puts a file among the questions."""
+    place = tmp_path / "questions"
+    place.mkdir()
+    monkeypatch.setattr(questions, "__path__", [*questions.__path__, str(place)])
+    before = set(sys.modules)
+    yield lambda name, text: (place / f"{name}.py").write_text(text)
+    for name in {one for one in set(sys.modules) - before if (place / f"{one.split('.')[-1]}.py").is_file()}:
+        del sys.modules[name]
+
+
+class TestCatalogue:
+    def test_a_file_among_the_questions_is_a_study(self, put, tmp_path, capsys):
+        """It is listed last, and runs, is stored and reported as all are."""
+        put("toy", TOY)
+        assert list(catalogue()) == [*STUDIES, "toy"]
+        app.cli(args=["list"])
+        assert capsys.readouterr().out.splitlines()[-1] == "toy          a file that was put there"
+        where = ["--store", str(tmp_path / "store"), "--out", str(tmp_path / "out"), "--workers", "1"]
+        app.cli(args=["run", "toy", "--preset", "smoke", *where])
+        assert "toy: ends" in capsys.readouterr().out
+        assert read_table(tmp_path / "out" / "toy" / "ends.parquet")["updates"].tolist() == [10, 5]
+
+    def test_an_order_is_kept(self, put):
+        put("toy", TOY.replace("from_runs(tables))", "from_runs(tables), order=1.5)"))
+        assert list(catalogue())[:3] == ["origin", "toy", "comparison"]
+
+    def test_a_name_is_given_once(self, put):
+        """A copied file whose name was left would write over the results of the first."""
+        put("toy", TOY.replace('Study("toy"', 'Study("live"'))
+        with pytest.raises(ValueError, match=r"every STUDY must have a name of its own, got \['live'\]"):
+            catalogue()
+
+    @pytest.mark.parametrize("command", ["run", "status", "report"])
+    def test_who_asks_for_another_is_told_the_names(self, command):
+        with pytest.raises(SystemExit, match=r"must be .*stud.* \(origin, comparison, .*\).*, got .*'nope'"):
+            app.cli(args=[command, "nope"])
 
 
 class TestPlans:

@@ -1,4 +1,4 @@
-"""studies/two_networks.py and what goes with it: verdicts that follow from the rows, statistics with known answers."""
+"""questions/two_networks and what goes with it: verdicts that follow from the rows, statistics with known answers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from matplotlib.image import imread
 
 import adaptbatch as ab
-from studies import schema
-from studies.channel_designs import designs, hill, statistics
-from studies.channel_figure import channel_figure
-from studies.two_networks import BATCHES, SEEDS, TASKS, arms, runs, verdict
+from studies.engine import schema
+from studies.output.channel_figure import channel_figure
+from studies.questions.two_networks import BATCHES, SEEDS, TASKS, arms, runs, verdict
+from studies.questions.two_networks.channel_designs import designs, hill, statistics
 
 
 def rows(arm: str, seed: int, final: float, spikes: int, batch: float, windows: int = 60) -> pd.DataFrame:

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from studies import frontier, momentum, sensitivity, verdicts
-from studies.statistics import Interval, expected_best, holm, iqm, ratio, share, to_target
+from studies.output import verdicts
+from studies.output.statistics import Interval, expected_best, holm, iqm, ratio, share, to_target
+from studies.questions import frontier, momentum, sensitivity
 
 
 class TestStatistics:

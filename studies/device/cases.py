@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adaptbatch as ab
-from studies.networks import Autoencoder
+from studies.engine.networks import Autoencoder
 
 Window = Callable[[Sequence[Tensor]], None]
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

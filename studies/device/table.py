@@ -25,11 +25,11 @@ import adaptbatch as ab
 from studies import data
 from studies.device.harness import Report, write
 from studies.device.machine import stamp
-from studies.networks import Autoencoder
+from studies.engine.networks import Autoencoder
 
 CLASSES = (0, 1)
 LR, MAX_STEPS = 1e-2, 64
-# Rule and micro-batch, as in studies.origin.
+# Rule and micro-batch, as in studies.questions.origin.
 ROWS: dict[str, tuple[ab.rules.Rule, int]] = {
     "residual VAE, 256": (ab.Fixed(1), 256),
     "residual VAE, 4000": (ab.Fixed(4), 1000),

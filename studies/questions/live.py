@@ -1,0 +1,407 @@
+"""The main study, with a controller that acts: how many updates does it save at equal examples and equal loss?
+
+In :mod:`studies.questions.comparison` the micro-batch was 64 and the noise scale 50 to 130 examples, so that the rule
+stood at its smallest window. Here the micro-batch is 16, and a closed-loop run counts as *live* only if its ``k``
+changed and fewer than half of its windows stood at a limit; how many did not is reported beside every ratio.
+
+All runs of a task see 128,000 examples. An arm is compared with the frontier of the fixed batches 16 to 1024, each with
+its own tuned rate (:mod:`studies.output.fronts`): the ratio of its updates to those that a fixed batch needs for the
+same loss. The loss is ``test_loss``: all normal rows of the test set, at the end of training. Rates are chosen by
+``final`` on the probe set, on three seeds of their own, from the same four rates for every arm; reported seeds are
+fresh. (Six rates were planned; 5e-4 and 1e-3 were dropped once three seeds of the smallest batch, where rates are
+lowest, had ended at 36.6 and 33.8 with them, against 32.0 and 31.0 at 2e-3 and 4e-3, before any other batch was run.)
+
+Fixed batches are computed in passes of at most 128 examples: the same examples and the same update, to rounding.
+*Untuned* arms take the rate that was tuned for the batch they start from, two micro-batches (with ghost norms: one), at
+which their coupling, if they have one, is 1.
+
+Registered before its runs, after pilots of one to three seeds that are not among the results:
+
+* V1 (primary): ``theta 0.7, root``, untuned, needs fewer updates than the frontier: the ratio's interval is below 1, on
+  the calm network and MNIST, with a rate that decays linearly to zero. The same is asked of ``theta 1, root``.
+* V2: ``pareto 128, root`` and ``pareto 1024, root`` (prices of 4 and 32 times the starting batch), untuned: below 1.
+* V3: under a decaying rate a batch that grows without a coupling anneals twice: for each rule the loss ratio with the
+  root coupling is below the one without, seed by seed.
+* V4: at equal trials (``..., tuned``): ratio below 1.
+* V5: it is feedback, not a schedule: the updates ratio of ``theta 0.7, root`` is below that of its batches replayed on
+  another seed, of the constant batch of the same mean, and of a ramp of the same range.
+* V6: the same as V1 with a constant rate, on the noisy network made trainable (ReZero; scaled branches), on
+  Fashion-MNIST and Shuttle.
+
+Plan, on one core that takes 20 ms a pass of 16 examples: calm MNIST with the decaying rate 84 tuning runs, 56 fixed,
+8 untuned arms on 8 seeds, 3 controls: 5 hours; tuned arms and the constant rate 5; others with four arms 2.5 each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+import adaptbatch as ab
+from studies.engine.arms import Arm, Constant, Decay, Schedule
+from studies.engine.networks import Residual
+from studies.engine.runner import Run
+from studies.engine.sweep import Found, Options, Study, from_runs
+from studies.engine.training import Task
+from studies.output.fronts import compare, is_live
+from studies.output.statistics import Interval, ratio
+from studies.questions.comparison import ANOMALIES
+
+NAME = "live"
+MICRO_BATCH = 16
+START = 2 * MICRO_BATCH
+PASS = 128
+BATCHES = (16, 32, 64, 128, 256, 512, 1024)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+TUNING_SEEDS = (1000, 1001, 1002)
+PRICES = (4.0 * START, 32.0 * START)
+PRIMARY = "theta 0.7, root"
+
+Rate = Literal["decaying", "constant"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a preset."""
+
+    examples: int
+    widths: tuple[int, int]
+    layers: int
+    seeds: int
+    batches: tuple[int, ...] = BATCHES
+    rates: tuple[float, ...] = RATES
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    home: str = "mnist"
+
+
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(4_000, (16, 8), 8, 2, (32, 128, 512), (2e-3, 8e-3), (1000,), "digits"),
+    "laptop": Scale(128_000, (64, 16), 80, seeds=8),
+    "paper": Scale(10_800_000, (128, 32), 80, seeds=20),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One task: a network, a data set and a kind of rate.
+
+    Attributes:
+        network: ``calm``: branches scaled by 1/sqrt(L); ``rezero`` and ``noisy scaled``: the noisy network, whose
+            branches are normalised, made trainable.
+        data: Data set; None: the preset's home.
+        rate: Of the learning rate.
+        whole: Whether all arms are run, or those of :data:`FEW`.
+    """
+
+    network: str
+    data: str | None = None
+    rate: Rate = "decaying"
+    whole: bool = False
+
+    def task(self, scale: Scale, micro_batch: int) -> Task:
+        """What its arms share."""
+        name = self.data or scale.home
+        shared = Task(
+            name,
+            scale.examples,
+            micro_batch,
+            probe_examples=512,
+            probe_every=scale.examples // 50,
+            depth=scale.layers,
+            widths=scale.widths,
+            anomaly=ANOMALIES[name],
+        )
+        if self.network == "calm":
+            return shared
+        residual: Residual = "rezero" if self.network == "rezero" else "scaled"
+        return replace(shared, depth=scale.layers + 4, residual=residual, norm="branch")
+
+    def schedule(self, scale: Scale) -> Schedule:
+        """Of the learning rate."""
+        return Decay(scale.examples) if self.rate == "decaying" else Constant()
+
+
+SETTINGS = (
+    Setting("calm", whole=True),
+    Setting("calm", rate="constant", whole=True),
+    Setting("rezero"),
+    Setting("calm", "fashion"),
+    Setting("calm", "shuttle"),
+    Setting("noisy scaled"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A closed or open loop that starts from a small batch.
+
+    Attributes:
+        name: Of its arms, before how the rate follows.
+        rule: How it chooses the batch.
+        coupled: Whether the rate follows the root of the batch.
+        ghost: Whether single examples are measured, so that one micro-batch is enough.
+        start: The batch it starts from, whose tuned rate it takes [examples].
+    """
+
+    name: str
+    rule: ab.rules.Rule
+    coupled: bool = True
+    ghost: bool = False
+    start: int = START
+
+    @property
+    def label(self) -> str:
+        """Name of its arm."""
+        return f"{self.name}, root" if self.coupled else self.name
+
+    def arm(self, lr: float, schedule: Schedule, name: str | None = None) -> Arm:
+        """Its arm at a rate that is meant for :attr:`start`."""
+        coupling = ab.LearningRate("sqrt", self.start) if self.coupled else None
+        return Arm(name or self.label, self.rule, lr, schedule, coupling=coupling, ghost=self.ghost)
+
+
+def _both(name: str, rule: ab.rules.Rule) -> tuple[Method, Method]:
+    return Method(name, rule), Method(name, rule, coupled=False)
+
+
+METHODS: tuple[Method, ...] = (
+    *_both("theta 0.7", ab.RelativeStandardError(0.7)),
+    *_both("theta 1", ab.RelativeStandardError(1.0)),
+    *_both("pareto 128", ab.Pareto(PRICES[0])),
+    Method("pareto 1024", ab.Pareto(PRICES[1])),
+    Method("ghost, theta 1", ab.RelativeStandardError(1.0), ghost=True, start=MICRO_BATCH),
+)
+FEW = ("theta 0.7, root", "theta 1, root", "pareto 128, root", "theta 1")
+TUNED = ("theta 0.7, root", "pareto 128, root")
+CONTROLS = ("replay", "constant mean", "ramp 2 to 16, root")
+
+
+def plan(options: Options, found: Found) -> list[Run]:
+    """Setting by setting, in order of importance: tuning, then what is reported."""
+    scale = SCALES[options.preset]
+    runs: list[Run] = []
+    for setting in SETTINGS:
+        if options.data and (setting.data or scale.home) not in options.data:
+            continue
+        if options.preset == "smoke" and not (setting.network == "calm" and setting.data is None):
+            continue
+        own = list(_setting(setting, scale, range(options.seeds or scale.seeds), found))
+        runs += own
+        if any(run not in found for run in own):
+            break
+    return runs
+
+
+def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
+    fixed = {n: _fixed(setting, scale, n) for n in scale.batches}
+    for n, make in fixed.items():
+        yield from _tuning(setting, scale, f"fixed {n}", make, n)
+    best = {n: _best(setting, scale, f"fixed {n}", make, n, found) for n, make in fixed.items()}
+    if any(rate is None for rate in best.values()):
+        return
+    rates = {n: rate for n, rate in best.items() if rate is not None}
+    ramp = Method("ramp 2 to 16", ab.Ramp(2, 16, float(scale.examples)))
+    methods = [method for method in (*METHODS, ramp) if setting.whole or method.label in FEW]
+    # Seed by seed, so that what is finished can be compared.
+    for seed in seeds:
+        yield from (_run("final", setting, scale, make(rates[n]), seed, n) for n, make in fixed.items())
+        for method in methods:
+            lr = rates[method.start if method.start in rates else min(rates)]
+            yield _run("final", setting, scale, method.arm(lr, setting.schedule(scale)), seed)
+    if not setting.whole:
+        return
+    yield from _controls(setting, scale, rates, seeds, found)
+    for method in methods:
+        if method.label in TUNED:
+            yield from _tuned(method, setting, scale, seeds, found)
+
+
+def _fixed(setting: Setting, scale: Scale, n: int) -> Callable[[float], Arm]:
+    """The arm of a fixed batch at a rate, in passes of at most :data:`PASS` examples."""
+    return lambda lr: Arm(f"fixed {n}", ab.Fixed(n // min(n, PASS)), lr, setting.schedule(scale))
+
+
+def _run(
+    stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch: int = 0, method: str | None = None
+) -> Run:
+    """A run with its labels; ``batch`` is that of a fixed batch."""
+    task = setting.task(scale, min(batch, PASS) if batch else MICRO_BATCH)
+    labels = {"stage": stage, "network": setting.network, "data": task.data, "rate": setting.rate}
+    labels |= {"method": method or arm.name, "lr": arm.lr, "fixed": int(batch > 0)}
+    return Run(NAME, task, arm, seed, tuple(labels.items()))
+
+
+def _tuning(setting: Setting, scale: Scale, name: str, make: Callable[[float], Arm], batch: int = 0) -> Iterator[Run]:
+    for lr in scale.rates:
+        for seed in scale.tuning_seeds:
+            yield _run("tune", setting, scale, make(lr), seed, batch, name)
+
+
+def _best(
+    setting: Setting, scale: Scale, name: str, make: Callable[[float], Arm], batch: int, found: Found
+) -> float | None:
+    """The rate with the smallest mean ``final`` over the tuning seeds; None before all are finished."""
+    rows = [found.get(run) for run in _tuning(setting, scale, name, make, batch)]
+    if any(row is None for row in rows):
+        return None
+    finals = np.array([row["final"] for row in rows if row is not None]).reshape(len(scale.rates), -1)
+    return scale.rates[int(finals.mean(axis=1).argmin())]
+
+
+def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
+    """The same at the rate of its own that is best for it."""
+    name = f"{method.label}, tuned"
+    make: Callable[[float], Arm] = lambda lr: method.arm(lr, setting.schedule(scale), name)  # noqa: E731
+    yield from _tuning(setting, scale, name, make)
+    lr = _best(setting, scale, name, make, 0, found)
+    if lr is not None:
+        yield from (_run("final", setting, scale, make(lr), seed) for seed in seeds)
+
+
+def _controls(setting: Setting, scale: Scale, rates: dict[int, float], seeds: range, found: Found) -> Iterator[Run]:
+    """The primary arm's batches without its feedback: replayed on the next seed, or their mean alone."""
+    method = next(method for method in METHODS if method.label == PRIMARY)
+    arm = method.arm(rates[START], setting.schedule(scale))
+    for seed in seeds:
+        recorded = found.get(_run("final", setting, scale, arm, (seed - 1) % len(seeds)))
+        if recorded is None:
+            continue
+        k = np.repeat(recorded["schedule_k"], recorded["schedule_windows"]).astype(int)
+        mean = max(1, round(recorded["mean_batch"] / MICRO_BATCH))
+        variants = {
+            "replay": replace(arm, rule=ab.rules.Replay(tuple(k.tolist()))),
+            "constant mean": replace(arm, rule=ab.Fixed(mean)),
+        }
+        for name, variant in variants.items():
+            yield _run("final", setting, scale, replace(variant, name=name), seed)
+
+
+TASK = ["network", "data", "rate"]
+
+
+def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The arms of each task against its frontier, the claims, and what was tuned."""
+    tried, final = runs[runs["stage"] == "tune"], runs[runs["stage"] == "final"]
+    found = {"tuning": tuning(tried)}
+    if len(final):
+        found["arms"] = arms(final)
+        found["claims"] = claims(found["arms"], final)
+    return found
+
+
+def tuning(tried: pd.DataFrame) -> pd.DataFrame:
+    """The best rate of each method, and whether it stands at an end of the range."""
+    rows = []
+    for names, own in tried.groupby([*TASK, "method"], sort=False):
+        means = own.groupby("lr")["final"].mean()
+        best = float(means.idxmin())
+        row = dict(zip([*TASK, "method"], names, strict=True)) | {"lr": best, "final": means.min()}
+        rows.append(row | {"trials": len(means), "edge": best in (means.index.min(), means.index.max())})
+    return pd.DataFrame(rows)
+
+
+def arms(final: pd.DataFrame) -> pd.DataFrame:
+    """Each arm against the frontier of its task, with how many of its runs were live."""
+    parts = []
+    for names, part in final.groupby(TASK, sort=False):
+        # A task is compared once its fixed batches are there; arms with missing seeds wait.
+        counts = part.groupby("arm")["seed"].nunique()
+        whole = part[part["arm"].isin(counts[counts == counts.max()].index)]
+        whole = whole.assign(fixed=whole["fixed"] > 0)
+        if whole.loc[whole["fixed"], "arm"].nunique() < 2:
+            continue
+        table = compare(whole)
+        described = whole.assign(live=is_live(whole)).groupby("arm", sort=False)
+        more = described.agg(
+            live=("live", "sum"),
+            changes=("changes", "median"),
+            lr=("lr", "first"),
+            auroc=("auroc", "mean"),
+            diverged=("diverged", "sum"),
+            **{"mean n": ("mean_batch", "mean"), "last n": ("last_batch", "mean"), "limits": ("at_limit", "mean")},
+        )
+        parts.append(table.join(more, on="arm").assign(**dict(zip(TASK, names, strict=True))))
+    table = pd.concat(parts, ignore_index=True)
+    return table[[*TASK, *(name for name in table if name not in TASK)]]
+
+
+def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
+    """V1 to V6, each with its interval."""
+    rows = []
+    for names, part in table.groupby(TASK, sort=False):
+        where = ", ".join(map(str, names))
+        home = part["network"].iloc[0] == "calm" and part["rate"].iloc[0] == "decaying"
+        home = home and part["data"].iloc[0] in ("mnist", "digits")
+        own = part.set_index("arm")
+        for arm in own.index[~own["fixed"]]:
+            claim = _claim(arm, home)
+            if claim is None:
+                continue
+            row = own.loc[arm]
+            bounds = (row[f"updates ratio{end}"] for end in ("", " low", " high"))
+            found = Interval(*map(float, bounds), "bootstrap")
+            rows.append(_row(claim, f"updates ratio of {arm} to the frontier is below 1", where, found))
+        runs = final[(final[TASK] == list(names)).all(axis=1)]
+        rows += _annealing(runs, where)
+        if home:
+            rows += _feedback(own, where)
+    return pd.DataFrame(rows)
+
+
+def _claim(arm: str, home: bool) -> str | None:
+    if arm.endswith("tuned"):
+        return "V4"
+    if arm in ("theta 0.7, root", "theta 1, root"):
+        return "V1" if home else "V6"
+    return "V2" if arm.startswith("pareto") and arm.endswith("root") else None
+
+
+def _row(claim: str, what: str, where: str, found: Interval) -> dict[str, object]:
+    row = {"claim": claim, "what": what, "where": where, "value": found.value, "low": found.low, "high": found.high}
+    return row | {"interval": found.kind, "verdict": found.below(1.0)}
+
+
+def _annealing(runs: pd.DataFrame, where: str) -> list[dict[str, object]]:
+    """V3: loss with the coupling over loss without, seed by seed."""
+    if runs["rate"].iloc[0] != "decaying":
+        return []
+    rows = []
+    by_arm = {str(arm): own.set_index("seed")["test_loss"] for arm, own in runs.groupby("arm", sort=False)}
+    for arm, with_it in by_arm.items():
+        without = by_arm.get(arm.removesuffix(", root")) if arm.endswith(", root") else None
+        if without is None:
+            continue
+        seeds = with_it.index.intersection(without.index)
+        found, _ = ratio(with_it[seeds].to_numpy(float), without[seeds].to_numpy(float))
+        rows.append(_row("V3", f"loss of {arm} over that without the coupling is below 1", where, found))
+    return rows
+
+
+def _feedback(own: pd.DataFrame, where: str) -> list[dict[str, object]]:
+    """V5: what the controls leave, by the bootstrap's own extremes: both ratios rest on the same frontier."""
+    if PRIMARY not in own.index:
+        return []
+    rows, mine = [], own.loc[PRIMARY]
+    for control in CONTROLS:
+        if control not in own.index:
+            continue
+        theirs = own.loc[control]
+        value = mine["updates ratio"] / theirs["updates ratio"]
+        low = mine["updates ratio low"] / theirs["updates ratio high"]
+        high = mine["updates ratio high"] / theirs["updates ratio low"]
+        found = Interval(float(value), float(low), float(high), "bootstrap")
+        rows.append(_row("V5", f"updates ratio of {PRIMARY} over that of {control} is below 1", where, found))
+    return rows
+
+
+STUDY = Study(
+    NAME,
+    "updates at equal examples and equal loss, with a controller that acts",
+    plan,
+    from_runs(tables),
+    order=3,
+)

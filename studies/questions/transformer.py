@@ -1,0 +1,325 @@
+"""The origin's first example: a transformer, whose early gradients are said to be so noisy that it needs a warm-up.
+
+A character language model (three layers of width 64, context 64; :mod:`studies.engine.language`) on a public-domain
+text split by books, AdamW, a learning rate that warms up over a tenth of a million characters and decays linearly to
+zero. Everything is counted in characters, which are the weights of the micro-batches too: 256 in each. Budgets of 1, 4
+and 16 million. Fixed batches of 256 to 8,192, each at its own tuned rate (four rates, three seeds of their own); at 4
+million the three rates around the best at 1 million, at 16 million the best at 4 million. Reported: the loss on the
+test books at the end of training, on eight fresh seeds (16 million: three).
+
+Arms and comparison are those of :mod:`studies.questions.live`: the *updates ratio* to the frontier of fixed batches at
+equal examples and equal loss. No batch of an adaptive arm is tuned: it starts at two micro-batches, 512 characters, at
+the rate that was tuned for a fixed 512, and its rate follows the root of its batch.
+
+Registered before its runs, after pilots of one or two seeds that are not among the results:
+
+* L1 (primary): ``theta 0.7, root``, the same as V1's in :mod:`studies.questions.live`, has an updates ratio below 1, at
+  1 and at 4 million characters, pre-LN. The same is asked of ``pareto 2048, root`` (four times the starting batch).
+* L2: the ratio falls as the budget grows: that at 4 million over that at 1 million is below 1, for each of these two.
+* L3: warm-up. (a) The relative noise ``B / n`` over the first 50,000 characters is larger for post-LN than for pre-LN
+  at the same batch and rate. (b) Over a grid of seven rates (three seeds), without a learning-rate warm-up, on
+  post-LN: a batch that is large for the first 100,000 characters (4,096, then 512), and one that
+  :class:`adaptbatch.StandardError` opens large, end at a mean loss within 1 % of what the warm-up gives at its best
+  rate, and do so over as many rates.
+* L4: ``theta 0.7, root`` and ``pareto 2048, root`` are within 3 % of the loss that the frontier has at their updates.
+
+Plan, on one core: 1 million, pre-LN and post-LN, 1.5 hours each; 4 million pre-LN 5; warm-up 1; 16 million 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+import adaptbatch as ab
+from studies.engine.arms import Arm, Decay, Schedule
+from studies.engine.language import LanguageTask, Order
+from studies.engine.runner import Run
+from studies.engine.sweep import Found, Options, Study, from_runs
+from studies.output.fronts import compare, is_live
+from studies.output.statistics import Interval, ratio
+from studies.questions.live import Method
+
+NAME = "transformer"
+CONTEXT = 64
+MICRO_BATCH = 4 * CONTEXT
+START = 2 * MICRO_BATCH
+PASS = 2048
+WARMUP = 100_000.0
+BATCHES = (256, 512, 1024, 2048, 4096, 8192)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+# Three decades, for the role of the warm-up.
+WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+TUNING_SEEDS = (1000, 1001, 1002)
+PRICES = (4.0 * START, 32.0 * START)
+FACTOR = RATES[1] / RATES[0]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a preset."""
+
+    million: int
+    seeds: int
+    width: int = 64
+    layers: int = 3
+    batches: tuple[int, ...] = BATCHES
+    rates: tuple[float, ...] = RATES
+    wide_rates: tuple[float, ...] = WIDE_RATES
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+
+
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(20_000, 2, 16, 1, (512, 2048), (4e-3, 8e-3), (4e-3,), (1000,)),
+    "laptop": Scale(1_000_000, 8),
+    "paper": Scale(1_000_000, 20, width=384, layers=6),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and a budget.
+
+    Attributes:
+        millions: Budget [million characters].
+        order: Where the blocks are normalised.
+    """
+
+    millions: int
+    order: Order = "pre"
+
+    def task(self, scale: Scale, batch: int) -> LanguageTask:
+        """What its arms share; ``batch`` characters a pass."""
+        budget = self.millions * scale.million
+        return LanguageTask(
+            "kjv",
+            budget,
+            batch // CONTEXT,
+            CONTEXT,
+            width=scale.width,
+            layers=scale.layers,
+            order=self.order,
+            probe_every=budget // 40,
+        )
+
+    def schedule(self, scale: Scale, warmup: bool = True) -> Schedule:
+        """Of the learning rate; the warm-up is a tenth of a million whatever the budget."""
+        return Decay(self.millions * scale.million, WARMUP * scale.million / 1e6 if warmup else 0.0)
+
+
+SMALL = Setting(1)
+SETTINGS = (SMALL, Setting(1, "post"), Setting(4))
+LARGE = Setting(16)
+LARGE_SEEDS = 3
+
+
+def _both(name: str, rule: ab.rules.Rule) -> tuple[Method, Method]:
+    return Method(name, rule, start=START), Method(name, rule, coupled=False, start=START)
+
+
+METHODS: tuple[Method, ...] = (
+    *_both("theta 0.7", ab.RelativeStandardError(0.7)),
+    *_both("pareto 2048", ab.Pareto(PRICES[0])),
+    *_both("theta 1", ab.RelativeStandardError(1.0)),
+    Method("pareto 16384", ab.Pareto(PRICES[1]), start=START),
+)
+PRIMARY = ("theta 0.7, root", "pareto 2048, root")
+
+
+def plan(options: Options, found: Found) -> list[Run]:
+    """Budget by budget, then the role of the warm-up, then the largest budget."""
+    scale = SCALES[options.preset]
+    runs: list[Run] = []
+    for setting in SETTINGS:
+        runs += _setting(setting, scale, range(options.seeds or scale.seeds), found)
+        if any(run not in found for run in runs):
+            return runs
+    runs += _warming(Setting(1, "post"), scale)
+    runs += _warming(SMALL, scale)
+    if options.preset != "smoke":
+        runs += _largest(scale, range(min(options.seeds or LARGE_SEEDS, LARGE_SEEDS)), found)
+    return runs
+
+
+def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
+    rates: dict[int, float] = {}
+    for n in scale.batches:
+        candidates = _candidates(setting, scale, n, found)
+        yield from _tuning(setting, scale, n, candidates)
+        best = _best(setting, scale, n, candidates, found)
+        if best is not None:
+            rates[n] = best
+    if len(rates) < len(scale.batches):
+        return
+    yield from _reported(setting, scale, rates, seeds)
+
+
+def _reported(setting: Setting, scale: Scale, rates: dict[int, float], seeds: range) -> Iterator[Run]:
+    # Seed by seed, so that what is finished can be compared.
+    for seed in seeds:
+        yield from (_run("final", setting, scale, _fixed(setting, scale, n, lr), seed, n) for n, lr in rates.items())
+        for method in METHODS:
+            arm = replace(method.arm(rates[START], setting.schedule(scale)), optimizer="adamw", beta2=0.99)
+            yield _run("final", setting, scale, arm, seed)
+
+
+def _candidates(setting: Setting, scale: Scale, n: int, found: Found) -> tuple[float, ...]:
+    """All rates at one million; three around its best for longer budgets; none while that is not known."""
+    if setting.millions == 1:
+        return scale.rates
+    best = _best(SMALL, scale, n, scale.rates, found)
+    return () if best is None else (best / FACTOR, best, best * FACTOR)
+
+
+def _tuning(setting: Setting, scale: Scale, n: int, candidates: tuple[float, ...]) -> Iterator[Run]:
+    for lr in candidates:
+        for seed in scale.tuning_seeds:
+            yield _run("tune", setting, scale, _fixed(setting, scale, n, lr), seed, n)
+
+
+def _best(setting: Setting, scale: Scale, n: int, candidates: tuple[float, ...], found: Found) -> float | None:
+    """The rate with the smallest mean ``final`` over the tuning seeds; None before all are finished."""
+    rows = [found.get(run) for run in _tuning(setting, scale, n, candidates)]
+    if not rows or any(row is None for row in rows):
+        return None
+    finals = np.array([row["final"] for row in rows if row is not None]).reshape(len(candidates), -1)
+    return candidates[int(finals.mean(axis=1).argmin())]
+
+
+def _fixed(setting: Setting, scale: Scale, n: int, lr: float) -> Arm:
+    """A fixed batch in passes of at most :data:`PASS` characters."""
+    rule = ab.Fixed(n // min(n, PASS))
+    return Arm(f"fixed {n}", rule, lr, setting.schedule(scale), optimizer="adamw", beta2=0.99)
+
+
+def _run(stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch: int = 0) -> Run:
+    """A run with its labels; ``batch`` is that of a fixed batch."""
+    task = setting.task(scale, min(batch, PASS) if batch else MICRO_BATCH)
+    labels = {"stage": stage, "order": setting.order, "millions": setting.millions}
+    labels |= {"method": arm.name, "lr": arm.lr, "fixed": int(batch > 0)}
+    return Run(NAME, task, arm, seed, tuple(labels.items()))
+
+
+def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
+    """L3: what opens gently, over three decades of rates: the rate, the batch by the clock or by measurement."""
+    small, large = ab.Fixed(START // MICRO_BATCH), 4096 // MICRO_BATCH
+    opening = ab.Schedule((0.0, WARMUP * scale.million / 1e6), (large, START // MICRO_BATCH))
+    ways: dict[str, Callable[[float], Arm]] = {
+        "rate warm-up": lambda lr: Arm("", small, lr, setting.schedule(scale)),
+        "none": lambda lr: Arm("", small, lr, setting.schedule(scale, warmup=False)),
+        "large batch first": lambda lr: Arm("", opening, lr, setting.schedule(scale, warmup=False)),
+        "standard error": lambda lr: Arm(
+            "", ab.StandardError(reference_batch=START), lr, setting.schedule(scale, warmup=False), max_steps=large
+        ),
+    }
+    for name, make in ways.items():
+        for lr in scale.wide_rates:
+            arm = replace(make(lr), name=name, optimizer="adamw", beta2=0.99)
+            yield from (_run("warm-up", setting, scale, arm, seed) for seed in range(3))
+
+
+def _largest(scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
+    before = Setting(4)
+    rates = {n: _best(before, scale, n, _candidates(before, scale, n, found), found) for n in scale.batches[1:]}
+    known = {n: lr for n, lr in rates.items() if lr is not None}
+    if len(known) < len(rates):
+        return
+    for run in _reported(LARGE, scale, known, seeds):
+        if dict(run.labels)["fixed"] or run.arm.name in PRIMARY:
+            yield run
+
+
+TASK = ["order", "millions"]
+
+
+def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The arms against the frontier of each budget, the role of the warm-up, the claims."""
+    final, warming = runs[runs["stage"] == "final"], runs[runs["stage"] == "warm-up"]
+    found: dict[str, pd.DataFrame] = {}
+    if len(final):
+        found["arms"] = arms(final)
+        found["claims"] = claims(found["arms"])
+    if len(warming):
+        found["warm-up"] = warm_up(warming)
+    return found
+
+
+def arms(final: pd.DataFrame) -> pd.DataFrame:
+    """Each arm against the frontier of its budget, with how many of its runs were live."""
+    parts = []
+    for names, part in final.groupby(TASK, sort=False):
+        counts = part.groupby("arm")["seed"].nunique()
+        whole = part[part["arm"].isin(counts[counts == counts.max()].index)]
+        whole = whole.assign(fixed=whole["fixed"] > 0, live=is_live(whole))
+        if whole.loc[whole["fixed"], "arm"].nunique() < 2:
+            continue
+        more = whole.groupby("arm", sort=False).agg(
+            live=("live", "sum"),
+            changes=("changes", "median"),
+            lr=("lr", "first"),
+            **{"mean n": ("mean_batch", "mean"), "last n": ("last_batch", "mean"), "limits": ("at_limit", "mean")},
+        )
+        parts.append(compare(whole).join(more, on="arm").assign(**dict(zip(TASK, names, strict=True))))
+    table = pd.concat(parts, ignore_index=True)
+    return table[[*TASK, *(name for name in table if name not in TASK)]]
+
+
+def claims(table: pd.DataFrame) -> pd.DataFrame:
+    """L1, L2 and L4; L3 is read off its own table."""
+    rows = []
+    own = table[table["arm"].isin(PRIMARY)]
+    for row in own.to_dict("records"):
+        where = f"{row['order']}-LN, {row['millions']} million"
+        for claim, name, bound in (("L1", "updates ratio", 1.0), ("L4", "loss ratio", 1.03)):
+            found = Interval(*(row[f"{name}{end}"] for end in ("", " low", " high")), "bootstrap")
+            said = f"{name} of {row['arm']} to the frontier is below {bound:g}"
+            rows.append(_row(claim, said, where, found, bound))
+    for arm in PRIMARY:
+        for order, part in own[own["arm"] == arm].groupby("order"):
+            by_budget = part.set_index("millions").sort_index()
+            for small, large in zip(by_budget.index[:-1], by_budget.index[1:], strict=True):
+                a, b = by_budget.loc[large], by_budget.loc[small]
+                found = Interval(
+                    a["updates ratio"] / b["updates ratio"],
+                    a["updates ratio low"] / b["updates ratio high"],
+                    a["updates ratio high"] / b["updates ratio low"],
+                    "bootstrap",
+                )
+                said = f"updates ratio of {arm} at {large} million over that at {small} million is below 1"
+                rows.append(_row("L2", said, f"{order}-LN", found, 1.0))
+    return pd.DataFrame(rows)
+
+
+def _row(claim: str, what: str, where: str, found: Interval, bound: float) -> dict[str, object]:
+    row = {"claim": claim, "what": what, "where": where, "value": found.value, "low": found.low, "high": found.high}
+    return row | {"interval": found.kind, "verdict": found.below(bound)}
+
+
+def warm_up(runs: pd.DataFrame) -> pd.DataFrame:
+    """L3: each way's best rate, its loss there, and how many rates are within a tenth of it."""
+    rows = []
+    for (order, way), part in runs.groupby(["order", "arm"], sort=False):
+        means = part.groupby("lr")["test_loss"].mean()
+        best = float(means.idxmin())
+        reference = runs[(runs["order"] == order) & (runs["arm"] == "rate warm-up")]
+        best_reference = float(reference.groupby("lr")["test_loss"].mean().idxmin())
+        mine = part[part["lr"] == best].set_index("seed")["test_loss"]
+        theirs = reference[reference["lr"] == best_reference].set_index("seed")["test_loss"]
+        found, _ = ratio(mine.to_numpy(float), theirs[mine.index].to_numpy(float))
+        row = {"order": order, "opening": way, "lr": best, "loss": means.min()}
+        row |= {"of rate warm-up": found.value, "low": found.low, "high": found.high}
+        row |= {"rates within a tenth": int((means <= 1.1 * means.min()).sum()), "rates": len(means)}
+        rows.append(row | {"spikes": part["spikes"].mean(), "diverged": int(part["diverged"].sum())})
+    return pd.DataFrame(rows)
+
+
+STUDY = Study(
+    NAME,
+    "the same on a character language model, by budget, and the role of the warm-up",
+    plan,
+    from_runs(tables),
+    order=4,
+)
