@@ -20,10 +20,14 @@ def section(name: str) -> str:
         LookupError: If no page has it.
     """
     for page in PAGES:
-        found = re.search(rf"<!-- {re.escape(name)}: begin -->\n(.*?)\n<!-- {re.escape(name)}: end -->", page.read_text(), re.S)
+        found = re.search(
+            rf"<!-- {re.escape(name)}: begin -->\n(.*?)\n<!-- {re.escape(name)}: end -->", page.read_text(), re.S
+        )
         if found:
             return found[1]
-    raise LookupError(f"no generated section {name!r}: the pages are {[str(page.relative_to(ROOT)) for page in PAGES]}.")
+    raise LookupError(
+        f"no generated section {name!r}: the pages are {[str(page.relative_to(ROOT)) for page in PAGES]}."
+    )
 
 
 def restructured(markdown: str) -> str:
