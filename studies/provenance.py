@@ -18,16 +18,16 @@ PACKAGE = Path(__file__).parent.parent / "adaptbatch"
 FILE = "provenance.json"
 
 # The package's modules by what they do, as paths within it.
-DECISION = ("records.py", "noise.py", "tails.py", "floor.py", "loop.py", "rules/*.py")
-MEASUREMENT = ("checks.py", "distributed.py", "gradients.py", "probe.py", "seal.py", "sensor.py", "window.py")
-LOOP = ("controller.py", "history.py", "learning_rate.py", "optimizer_state.py", "stepping.py", "stream.py")
+DECISION = ("records.py", "state.py", "estimate/*.py", "rules/*.py")
+MEASUREMENT = ("checks.py", "accumulate/*.py", "measure/*.py")
+LOOP = ("controller.py", "optimizer/*.py", "reporting/history.py")
 
 # What each study measures of the package itself.
 MEASURED: dict[str, tuple[str, ...]] = {
     "quick": (*DECISION, *MEASUREMENT, *LOOP),
     "closed-loop": DECISION,
-    "calibration": ("records.py", "noise.py", "loop.py", "controller.py", "history.py", *MEASUREMENT),
-    "overhead": (*DECISION, *MEASUREMENT, *LOOP, "ghost.py"),
+    "calibration": ("records.py", "state.py", "estimate/*.py", "controller.py", "reporting/history.py", *MEASUREMENT),
+    "overhead": (*DECISION, *MEASUREMENT, *LOOP, "measure/ghost/*.py"),
 }
 
 

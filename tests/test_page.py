@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import adaptbatch as ab
-from adaptbatch import curves, page
+from adaptbatch.reporting import curves
+from adaptbatch.reporting import html as page
 from adaptbatch.reporting.history import COLUMNS, History
 from studies.results import RESULTS
 

@@ -18,6 +18,7 @@ from adaptbatch.estimate import NoiseTracker
 from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Reason, Response, Tail
 from adaptbatch.rules import (
     CABS,
+    AnyOf,
     CosineSimilarity,
     DiveBatch,
     Goodput,
@@ -26,6 +27,7 @@ from adaptbatch.rules import (
     NormTest,
     Replay,
     Seesaw,
+    StandardError,
     decide,
 )
 from adaptbatch.rules.base import growth
@@ -42,6 +44,9 @@ RULES = {
     "clt": RelativeStandardError(),
     "clt tuned": RelativeStandardError(theta=0.5, memory=1e4, dead_time=0.0, z_grow=1.0, z_shrink=0.0),
     "clt pooled": RelativeStandardError(dead_time=0.0, channel="pooled", at_floor="hold"),
+    "standard error": StandardError(target=2.0),
+    "standard error of a batch": StandardError(reference_batch=256.0, z_grow=2.0, z_shrink=1.0, dead_time=1e4),
+    "any of": AnyOf((RelativeStandardError(), StandardError(target=2.0, start="min"))),
     "norm test": NormTest(),
     "norm test, debiased": NormTest(theta=1.0, debiased=True, grow_only=False),
     "inner product": InnerProductTest(),
@@ -108,6 +113,7 @@ evidence = st.builds(
     tail=tails,
     response=responses,
     window=st.none() | measured(),
+    level=perhaps(st.floats(0, 1e6)),
     loss=perhaps(st.floats(-10, 100)),
     lr=perhaps(st.floats(0, 10)),
     step_seconds=perhaps(st.floats(0, 10)),
@@ -138,7 +144,7 @@ class TestEveryRule:
 
     @every_rule
     def test_is_a_value(self, rule):
-        assert eval(repr(rule), vars(ab)) == rule
+        assert eval(repr(rule), vars(ab.rules)) == rule
         assert pickle.loads(pickle.dumps(rule)) == rule
         assert hash(rule) == hash(replace(rule))
         assert isinstance(rule, ab.rules.Rule)
@@ -150,7 +156,7 @@ class TestEveryRule:
         given = {item.name: in_numpy(getattr(rule, item.name)) for item in fields(rule)}
         same = type(rule)(**given)
         assert same == rule
-        assert eval(repr(same), vars(ab)) == rule
+        assert eval(repr(same), vars(ab.rules)) == rule
 
     @every_rule
     @given(evidence=evidence, progress=progress, limits=limits)
@@ -460,7 +466,7 @@ class TestGuard:
 
     def test_is_a_value(self):
         guard = Guard(skip_ratio=25.0, max_skips=0, hold=1e6)
-        assert eval(repr(guard), vars(ab)) == guard
+        assert eval(repr(guard), vars(ab.rules)) == guard
         assert pickle.loads(pickle.dumps(guard)) == guard
         assert hash(guard) == hash(replace(guard))
 

@@ -147,7 +147,9 @@ class TestRows:
         assert late.losses == early.losses
 
     def test_what_is_no_logger_is_refused(self):
-        with pytest.raises(TypeError, match=r"methods log\(row\) and close\(\), got list; adaptbatch\.watch wraps"):
+        with pytest.raises(
+            TypeError, match=r"methods log\(row\) and close\(\), got list; adaptbatch\.reporting\.loggers wraps"
+        ):
             History().watch([])  # type: ignore[arg-type]
 
     def test_nobody_watches_twice(self):

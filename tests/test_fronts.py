@@ -1,0 +1,124 @@
+"""The frontier of fixed batches, the ratios to it, and what is trained in the live studies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import adaptbatch as ab
+from studies import data
+from studies.arms import Arm, Decay
+from studies.fronts import Frontier, compare, is_live
+from studies.language import CharacterModel, LanguageTask, mean_loss, sequences
+from studies.training import train
+
+
+def table(noise: float = 0.0, seeds: int = 6, **arms: tuple[float, float]) -> pd.DataFrame:
+    """Fixed batches on ``loss = 100 / sqrt(updates)``, arms of given updates and loss, noise of a seed's own."""
+    rng = np.random.default_rng(0)
+    points = {f"fixed {n}": (128_000 / n, 100 / np.sqrt(128_000 / n), True) for n in (16, 64, 256, 1024)}
+    points |= {name: (*point, False) for name, point in arms.items()}
+    shared = np.exp(noise * rng.standard_normal(seeds))
+    rows = [
+        {"arm": arm, "seed": s, "fixed": fixed, "updates": u, "test_loss": loss * shared[s]}
+        for arm, (u, loss, fixed) in points.items()
+        for s in range(seeds)
+    ]
+    return pd.DataFrame(rows)
+
+
+class TestFrontier:
+    def test_a_batch_that_another_dominates_is_not_on_it(self):
+        front = Frontier.of([100, 200, 300, 400], [4.0, 3.0, 3.5, 2.0])
+        assert front.updates.tolist() == [100.0, 200.0, 400.0]
+        assert front.losses.tolist() == [4.0, 3.0, 2.0]
+
+    def test_what_diverged_is_not_on_it_and_nothing_at_all_is_refused(self):
+        assert Frontier.of([100, 200], [np.inf, 2.0]).updates.tolist() == [200.0]
+        with pytest.raises(ValueError, match="at least one finite value"):
+            Frontier.of([100], [np.inf])
+
+    def test_an_arm_off_the_line_has_the_ratio_by_which_it_is(self):
+        """It takes 3,000 updates to a loss for which a fixed batch on the line needs 4,000."""
+        found = compare(table(better=(3_000.0, 100 / np.sqrt(4_000)))).set_index("arm")
+        assert found.loc["better", "updates ratio"] == pytest.approx(0.75, rel=1e-3)
+        assert found.loc["better", "loss ratio"] == pytest.approx(np.sqrt(3_000 / 4_000), rel=1e-3)
+        assert found.loc[["fixed 16", "fixed 64", "fixed 1024"], "updates ratio"].tolist() == [1.0, 1.0, 1.0]
+
+    def test_noise_that_arms_share_does_not_widen_the_interval(self):
+        found = compare(table(noise=0.2, better=(3_000.0, 100 / np.sqrt(4_000)))).set_index("arm").loc["better"]
+        assert found["updates ratio high"] - found["updates ratio low"] < 1e-3
+
+    def test_a_loss_above_all_fixed_batches_is_no_gain(self):
+        worse = compare(table(worse=(10.0, 50.0))).set_index("arm").loc["worse"]
+        assert np.isinf(worse["updates ratio"])
+        assert worse["beyond"] == 1.0
+
+    def test_a_loss_below_all_is_a_bound(self):
+        best = compare(table(best=(8_000.0, 0.5))).set_index("arm").loc["best"]
+        assert best["updates ratio"] == 1.0
+        assert best["beyond"] == 1.0
+
+    def test_an_arm_that_diverged_is_infinite(self):
+        rows = table(lost=(100.0, 3.0))
+        rows.loc[(rows["arm"] == "lost") & (rows["seed"] == 2), "test_loss"] = np.inf
+        lost = compare(rows).set_index("arm").loc["lost"]
+        assert np.isinf(lost["updates ratio"])
+        assert np.isinf(lost["updates ratio high"])
+
+    def test_seeds_that_not_all_have_are_left_out(self):
+        rows = table(late=(3_000.0, 2.0))
+        rows = rows[(rows["arm"] != "late") | (rows["seed"] < 2)]
+        assert compare(rows)["seeds"].unique().tolist() == [2]
+        with pytest.raises(ValueError, match="a seed that all arms share"):
+            compare(rows[(rows["arm"] == "late") | (rows["seed"] > 2)])
+
+
+def test_a_run_is_live_if_it_moved_and_was_mostly_free():
+    rows = pd.DataFrame({"changes": [0, 3, 3], "at_limit": [0.0, 0.49, 0.5]})
+    assert is_live(rows).tolist() == [False, True, False]
+
+
+class TestLanguage:
+    def test_the_books_are_whole_and_apart(self):
+        text = data.text("kjv")
+        parts = ["".join(text.vocabulary[index] for index in part) for part in (text.train, text.validation, text.test)]
+        assert sum(map(len, parts)) > 4_000_000
+        assert parts[0].startswith("In the beginning God created the heaven and the earth.\n")
+        assert "There was a man in the land of Uz" in parts[1]
+        assert "Go to the ant, thou sluggard" in parts[2]
+        assert not any("Go to the ant, thou sluggard" in part for part in parts[:2])
+
+    def test_a_character_sees_none_after_it(self):
+        torch.manual_seed(0)
+        model = CharacterModel(vocabulary=11, context=8, width=16, layers=2, heads=2)
+        x = torch.randint(11, (3, 8))
+        changed = x.clone()
+        changed[:, 5] = (changed[:, 5] + 1) % 11
+        before, after = model(x), model(changed)
+        assert torch.equal(before[:, :5], after[:, :5])
+        assert not torch.equal(before[:, 5:], after[:, 5:])
+
+    @pytest.mark.parametrize("order", ["pre", "post"])
+    def test_it_learns_in_windows_of_any_size(self, order):
+        task = LanguageTask("kjv", 40_000, 4, 32, width=16, layers=1, heads=2, order=order, probe_every=10_000)
+        arm = Arm("adaptive", ab.Pareto(500.0), 1e-2, Decay(40_000, 4_000), optimizer="adamw")
+        run = train(task, arm, seed=0, study="test")
+        assert run["examples_seen"].iloc[-1] == 40_000
+        assert run["accumulation_steps"].max() > run["accumulation_steps"].min()
+        assert run["validation_loss"].dropna().iloc[-1] < task.collapsed_loss() + 0.1
+        assert run.attrs["test"]["test_loss"] < 3.2
+
+    def test_the_mean_over_pieces_is_the_mean(self):
+        model = CharacterModel(vocabulary=11, context=8, width=16, layers=1, heads=2)
+        x = sequences(torch.randint(11, (8 * 600 + 1,)), 8)
+        with torch.no_grad():
+            assert mean_loss(model, x) == pytest.approx(float(model.loss(x)), rel=1e-5)
+
+    def test_names_are_checked(self):
+        with pytest.raises(ValueError, match=r"order must be one of .* got order = 'mid'"):
+            CharacterModel(11, order="mid")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="width must be a multiple of heads, got width = 10, heads = 4"):
+            CharacterModel(11, width=10)
