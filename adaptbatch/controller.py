@@ -250,7 +250,7 @@ class BatchController:
 
     @property
     def step_due(self) -> bool:
-        """Whether the window has all its micro-batches: ``.grad`` is their mean, to be clipped, and stepped on."""
+        """Whether the window has all its micro-batches, and ``.grad`` their mean, to be clipped and stepped on."""
         if self._window.due:
             # Of a window that was loaded, before somebody clips it.
             self._restore()
@@ -258,7 +258,7 @@ class BatchController:
 
     @property
     def grad_norm(self) -> Tensor:
-        """Norm of the due window's mean gradient before clipping, on all ranks: a scalar that is not read.
+        """Norm of the due window's mean gradient before clipping, on all ranks; a scalar that is not read.
 
         Raises:
             RuntimeError: If no step is due.

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 
 import adaptbatch as ab
+from adaptbatch import estimate
+from adaptbatch.reporting.history import COLUMNS
 from paper import build, contents, method
 from paper.ledger import Ledger, LedgerError, holds, shown
 from studies.engine import provenance
@@ -96,7 +98,7 @@ class TestNumbers:
         names = re.findall(r'raw\("([\w.]+)"\)', (PAPER / "sections" / "loop.typ").read_text())
         assert names
         for name in names:
-            assert name in ab.history.COLUMNS or hasattr(ab.noise, name.removeprefix("noise."))
+            assert name in COLUMNS or hasattr(estimate, name.removeprefix("estimate."))
 
     def test_a_number_is_the_cell_its_source_names(self, ledger):
         cells = [number for number in ledger.numbers.values() if number.cell is not None]

@@ -143,9 +143,11 @@ class TestShown:
         assert section().endswith(provenance.caption(study))
 
     def test_both_builds_warn(self, tmp_path, monkeypatch, capsys):
-        (tmp_path / "README.md").write_text("")
+        for page in readme.PAGES:
+            (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / page).write_text("")
         monkeypatch.setattr(readme, "ROOT", tmp_path)
-        monkeypatch.setattr(readme, "fill", str)
+        monkeypatch.setattr(readme, "fill", lambda text, _: text)
         monkeypatch.setattr(provenance, "is_current", lambda *_: False)
         monkeypatch.setattr(build, "compile_paper", lambda: [b""])
         for write in (readme.write, lambda: build.build(tmp_path)):

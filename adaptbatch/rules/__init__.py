@@ -8,15 +8,15 @@ and tests that line, one-sided, before it moves. Every other way of choosing a b
 idea a file. A rule sees finished windows only: stopping inside a window would condition the gradient on its own noise.
 Floats only, no torch.
 
-=============  =====================================================================================================
-base           the protocol, the limits, ``decide``
-clt            ``RelativeStandardError``, the default
-standard_error ``StandardError``, the absolute error; ``compose`` the largest of several rules
-guard          ``Guard``, the answer to exceedances; composes with any rule
-open_loop      ``Fixed``, ``Replay``, ``Ramp``, ``Schedule``, ``Seesaw``: no evidence enters
-norm_tests     ``NormTest``, ``InnerProductTest``, ``CosineSimilarity``: published tests of one window's gradient
-efficiency     ``NoiseScale``, ``Pareto``, ``Goodput``, ``CABS``, ``DiveBatch``: a batch computed from the moments
-=============  =====================================================================================================
+==============  ====================================================================================================
+base            the protocol, the limits, ``decide``
+clt             ``RelativeStandardError``, the default
+standard_error  ``StandardError``, the absolute error; ``compose`` the largest of several rules
+guard           ``Guard``, the answer to exceedances; composes with any rule
+open_loop       ``Fixed``, ``Replay``, ``Ramp``, ``Schedule``, ``Seesaw``: no evidence enters
+norm_tests      ``NormTest``, ``InnerProductTest``, ``CosineSimilarity``: published tests of one window's gradient
+efficiency      ``NoiseScale``, ``Pareto``, ``Goodput``, ``CABS``, ``DiveBatch``: a batch computed from the moments
+==============  ====================================================================================================
 """
 
 from adaptbatch.rules.base import Limits, Rule, decide

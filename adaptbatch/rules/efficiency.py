@@ -61,9 +61,9 @@ class Pareto(Composable):
     """Trades steps for examples at a fixed ``price``: ``n = sqrt(price B)``.
 
     Minimises ``(price + n) (1 + B / n)``, the cost of an update in examples over the way it goes. With a price in time,
-    ``c0 / c1`` of ``c0 + c1 n`` seconds, it is the optimum of :class:`Goodput`.
+    ``c0 / c1`` of ``c0 + c1 n`` seconds, it is the optimum of :class:`.Goodput`.
 
-    When it is wrong: as :class:`NoiseScale`, of which it feels the square root. On one device ``c0`` is the optimizer
+    When it is wrong: as :class:`.NoiseScale`, of which it feels the square root. On one device ``c0`` is the optimizer
     alone, and the best batch is the smallest that fills the device.
 
     Args:

@@ -9,7 +9,7 @@ author = "The adaptbatch authors"
 project_copyright = author
 version = release = adaptbatch.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "paper.reference.results"]
 default_role = "literal"
 
 # Overridden hooks of a trainer say nothing that is not in its own manual.
@@ -29,7 +29,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|os|pathlib|types|typing)\..*"),
     ("py:.*", r"(accelerate|lightning|nn|pandas|pd|torch|transformers)\..*"),
-    ("py:class", r"Axes|adaptbatch\.controller\.Item"),
+    ("py:class", r"Axes|adaptbatch\.reporting\.html\.Tabular|adaptbatch\.controller\.Item"),
 ]
 
 html_theme = "furo"

@@ -1,4 +1,4 @@
-"""The numbers of README.md, from the committed results: the text between two markers is never typed."""
+"""The numbers of README.md and of results/README.md: the text between two markers is never typed."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ import pandas as pd
 from studies.engine.analysis import summary
 from studies.engine.provenance import caption, warn
 from studies.engine.results import RESULTS
-from studies.output.verdicts import counted
+from studies.output.verdicts import VERDICTS, counted
 
 ROOT = Path(__file__).parents[2]
 
 
-def fill(text: str) -> str:
-    """``text`` with every generated section made anew.
+def fill(text: str, page: str = "README.md") -> str:
+    """``text`` of a page with every generated section made anew.
 
     Raises:
         ValueError: If a section's markers are missing.
     """
-    for name, make in SECTIONS.items():
+    for name in PAGES[page]:
         pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(
-                f"README.md must have the markers of the section {name!r}; put them back where it belongs."
-            )
-        body = make()
+            raise ValueError(f"{page} must have the markers of the section {name!r}; put them back where it belongs.")
+        body = SECTIONS[name]()
         text = pattern.sub(lambda found, body=body: found[1] + body + "\n" + found[2], text)
     return text
 
@@ -40,6 +38,30 @@ def markdown(rows: list[dict[str, str]]) -> str:
     cells = [[row[name].replace("|", r"\|") for name in names] for row in rows]
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def short_section() -> str:
+    """Whether it helps, in five sentences: two on what it is for, one on the claims, one on the loop, one on trust."""
+    arms = pd.read_parquet(RESULTS / "comparison" / "arms.parquet")
+    runs = pd.read_parquet(RESULTS / "comparison" / "runs.parquet")
+    found = [_verdicts(study) for study in CLAIMED]
+    counts = {kind: sum(int(row[kind]) for rows in found for row in rows) for kind in VERDICTS}
+    loop = pd.read_parquet(RESULTS / "closed-loop" / "table.parquet").query("rule == 'CLT'")
+    coverage = pd.read_parquet(RESULTS / "calibration" / "coverage.parquet")
+    alone = coverage[coverage["B / n"].map(math.isfinite) & (coverage["r"] == 0)]
+    cost = pd.read_parquet(RESULTS / "overhead" / "cost.parquet").set_index("contender").loc["adaptbatch"]
+    sentences = [
+        *_where_it_helps(arms, len(runs)),
+        f"Of what all studies claimed before their runs, {counts['supported']} cases are supported, "
+        f"{counts['not supported']} are not, and {counts['undecided']} are undecided.",
+        f"A noise scale that is known it follows: over {len(loop)} profiles the root mean square of log(k / right k) "
+        f"is {loop['rms log error'].min():.2f} to {loop['rms log error'].max():.2f}, with at most "
+        f"{loop['reversals'].max():.1f} reversals a run.",
+        f"On one CPU thread measuring takes {cost['ratio'] - 1:.1%} more time a step ({cost['ratio low'] - 1:.1%} to "
+        f"{cost['ratio high'] - 1:.1%}), and the nominal 95 % interval covers the truth in {_range(alone['coverage'])} "
+        f"of the cases.",
+    ]
+    return "\n".join(f"* {sentence}" for sentence in sentences)
 
 
 def quick_section() -> str:
@@ -79,7 +101,7 @@ def comparison_section() -> str:
     runs = pd.read_parquet(RESULTS / "comparison" / "runs.parquet")
     rows = [row for study in CLAIMED for row in _verdicts(study)]
     return (
-        f"{_where_it_helps(arms, len(runs))}\n\n"
+        f"{' '.join(_where_it_helps(arms, len(runs)))}\n\n"
         f"The claims of all studies, written down before their runs, by the number "
         f"of places (networks, data sets, architectures) where they hold; with every interval in the paper:\n\n"
         f"{markdown(rows)}"
@@ -116,20 +138,21 @@ def studies_section() -> str:
     return f"The comparison's arms on MNIST, each at the rate that its trials chose:\n\n{markdown(ends)}"
 
 
-def _where_it_helps(arms: pd.DataFrame, runs: int) -> str:
-    """The result in words, from the table."""
-    sentences = [f"{runs:,} runs of 80-layer networks, every arm tuned with the same trials."]
+def _where_it_helps(arms: pd.DataFrame, runs: int) -> list[str]:
+    """The result in words, a sentence for each network, from the table."""
+    sentences = []
     for network, part in arms[arms["data"] == "mnist"].groupby("network", sort=False):
         rows = part.set_index("arm")
         best, fixed = rows["of best fixed"].astype(float).idxmin(), part.loc[part["best fixed"], "arm"].iloc[0]
         own = rows.loc["adaptive"]
+        where = "On the" if sentences else f"In {runs:,} runs of 80-layer networks, all arms tuned alike, on the"
         sentences.append(
-            f"On the {network} network the best fixed batch is {fixed.split()[1]}; adaptive ends at "
+            f"{where} {network} network the best fixed batch is {fixed.split()[1]}; adaptive ends at "
             f"{_ratio(own['of best fixed'])} of its loss with a mean batch of {own['mean n']:.0f} "
             f"({own['diverged']:.0f} of {own['seeds']:.0f} runs diverged), and the best arm, {best}, at "
             f"{_ratio(rows.loc[best, 'of best fixed'])}."
         )
-    return " ".join(sentences)
+    return sentences
 
 
 def _ratio(value: float) -> str:
@@ -296,6 +319,7 @@ def overhead_section() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "short": short_section,
     "quick": quick_section,
     "comparison": comparison_section,
     "studies": studies_section,
@@ -304,10 +328,13 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "calibration": calibration_section,
     "overhead": overhead_section,
 }
+# Where each section stands; paths within the repository.
+PAGES = {"README.md": ["short"], "studies/results/README.md": [name for name in SECTIONS if name != "short"]}
 
 
 def write() -> None:
-    """Fill README.md in place, and say which of its numbers are of other code."""
-    path = ROOT / "README.md"
-    path.write_text(fill(path.read_text()))
+    """Fill the pages in place, and say which of their numbers are of other code."""
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(fill(path.read_text(), page))
     warn()
