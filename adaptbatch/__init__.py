@@ -19,7 +19,7 @@ from adaptbatch.rules import Fixed, Guard, Limits, Pareto, Ramp, RelativeStandar
 if TYPE_CHECKING:
     from adaptbatch.reporting.html import report
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "BatchController",

@@ -21,8 +21,8 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import adaptbatch as ab
-from adaptbatch import sensor
 from adaptbatch.accumulate.window import HostCopy, OpenWindow
+from adaptbatch.measure import sensor
 from studies.device import bias, exact, harness, table
 from studies.device import ghost as ghost_section
 from studies.device.cases import cases

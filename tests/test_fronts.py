@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from studies.arms import Arm, Decay
-from studies.fronts import Frontier, compare, is_live
-from studies.language import CharacterModel, LanguageTask, mean_loss, sequences
-from studies.training import train
 
 import adaptbatch as ab
 from studies import data
+from studies.engine.arms import Arm, Decay
+from studies.engine.language import CharacterModel, LanguageTask, mean_loss, sequences
+from studies.engine.training import train
+from studies.output.fronts import Frontier, compare, is_live
 
 
 def table(noise: float = 0.0, seeds: int = 6, **arms: tuple[float, float]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from torch import Tensor, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from adaptbatch import optimizer_state
+from adaptbatch.optimizer import second_moment as optimizer_state
 from adaptbatch.optimizer.learning_rate import UNTOUCHED, Adjustment, LearningRate, half_life_beta2
 from adaptbatch.optimizer.second_moment import metric_scales, require_coupling, scaled_step, second_moments
 from adaptbatch.records import NoiseEstimate

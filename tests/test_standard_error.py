@@ -46,19 +46,21 @@ class TestStandardError:
             evidence = replace(evidence, pooled=replace(evidence.pooled, grad_sq_norm=length))
             assert decide(ab.StandardError(target=4.0), evidence, AT, WIDE).target_batch == pytest.approx(400.0)
 
-    @pytest.mark.parametrize(("start", "steps"), [("max", 64), ("min", 4)])
-    def test_what_is_not_known_opens_with_the_largest_window(self, start, steps):
+    @pytest.mark.parametrize(("start", "steps", "reason"), [("max", 64, "at_max"), ("min", 4, "undecided")])
+    def test_what_is_not_known_opens_with_the_largest_window(self, start, steps, reason):
         rule = ab.StandardError(reference_batch=256, start=start)
         for evidence in (Evidence(), pooled(100.0, windows=2.0, level=3.0), pooled(100.0)):
             decision = decide(rule, evidence, AT, ab.Limits())
-            assert (decision.accumulation_steps, decision.reason) == (steps, "undecided")
+            assert (decision.accumulation_steps, decision.reason) == (steps, reason)
+            later = decide(rule, evidence, replace(AT, window=3), ab.Limits())
+            assert (later.accumulation_steps, later.reason) == (4, "undecided")
 
     def test_a_move_needs_the_evidence_that_was_asked_for(self):
         rule = ab.StandardError(target=4.0, z_grow=2.33, z_shrink=3.0, dead_time=1e5)
         weak = pooled(6400.0, variance=6400.0**2)
         assert decide(rule, weak, AT, WIDE).reason == "undecided"
         assert decide(rule, pooled(6400.0, variance=1.0), AT, WIDE).reason == "grow"
-        small = pooled(640.0, variance=1.0)
+        small = pooled(3000.0, variance=1.0)
         assert decide(rule, small, AT, WIDE).reason == "shrink"
         assert decide(rule, small, replace(AT, examples_since_change=1e3), WIDE).reason == "undecided"
 

@@ -31,7 +31,8 @@ class StandardError(Composable):
     where it bursts. Noise and signal that grow together leave :class:`~adaptbatch.RelativeStandardError` where it is,
     and move this rule. The two compose: ``RelativeStandardError() | StandardError(reference_batch=64)``.
 
-    Nothing is known of the first windows: they are as large as the limits allow, which is the safe side.
+    Nothing is known of the first windows: they are as large as the limits allow, which is the safe side, and the size
+    is held until something is.
 
     When it is wrong: as the gradients' scale falls over training an absolute ``target`` stops binding, and where it
     rises the rule runs to ``max_steps``; an optimizer that divides by the gradient's own scale, as Adam does, feels
@@ -59,7 +60,7 @@ class StandardError(Composable):
         >>> StandardError(target=4.0).decide(known, at, Limits())
         Decision(accumulation_steps=7, target_batch=400.0, reason='grow')
         >>> StandardError(target=4.0).decide(Evidence(), at, Limits())
-        Decision(accumulation_steps=64, target_batch=nan, reason='undecided')
+        Decision(accumulation_steps=64, target_batch=nan, reason='at_max')
     """
 
     target: float | None = None
@@ -90,11 +91,12 @@ class StandardError(Composable):
         in_python(self)
 
     def decide(self, evidence: Evidence, progress: Progress, limits: Limits) -> Decision:
-        """See the class; the largest window while nothing is known, unless ``start="min"``."""
+        """See the class; the first window is the largest, unless ``start="min"``."""
         pair, level = evidence.pooled, self._sq_level(evidence)
         if not (pair.effective_windows >= MIN_EFFECTIVE_WINDOWS and level > 0.0):
-            opening = limits.max_steps if self.start == "max" else progress.accumulation_steps
-            return Decision(opening, math.nan, "undecided")
+            if self.start == "max" and progress.window == 0:
+                return Decision(limits.max_steps, math.nan, "at_max")
+            return Decision(progress.accumulation_steps, math.nan, "undecided")
         target = estimate.batch_with_error(pair.noise_trace, level, progress.population)
         move = towards(target, progress, limits)
         if move.accumulation_steps > progress.accumulation_steps:
