@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -47,6 +48,7 @@ from studies.engine.networks import Residual
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
 from studies.engine.training import Task
+from studies.output.front_figure import draw_fronts
 from studies.output.fronts import compare, is_live
 from studies.output.statistics import Interval, ratio
 from studies.questions.comparison import ANOMALIES
@@ -79,7 +81,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "smoke": Scale(4_000, (16, 8), 8, 2, (32, 128, 512), (2e-3, 8e-3), (1000,), "digits"),
+    "smoke": Scale(2_000, (16, 8), 8, 2, (32, 128, 512), (2e-3, 8e-3), (1000,), "digits"),
     "laptop": Scale(128_000, (64, 16), 80, seeds=8),
     "paper": Scale(10_800_000, (128, 32), 80, seeds=20),
 }
@@ -187,7 +189,7 @@ def plan(options: Options, found: Found) -> list[Run]:
     for setting in SETTINGS:
         if options.data and (setting.data or scale.home) not in options.data:
             continue
-        if options.preset == "smoke" and not (setting.network == "calm" and setting.data is None):
+        if options.preset == "smoke" and setting is not SETTINGS[0]:
             continue
         own = list(_setting(setting, scale, range(options.seeds or scale.seeds), found))
         runs += own
@@ -398,10 +400,18 @@ def _feedback(own: pd.DataFrame, where: str) -> list[dict[str, object]]:
     return rows
 
 
+def draw(folder: Path) -> None:
+    """Every arm against the frontier of its task; nothing before there is one."""
+    table = STUDY.tables(folder).get("arms")
+    if table is not None:
+        draw_fronts(table, TASK, folder)
+
+
 STUDY = Study(
     NAME,
     "updates at equal examples and equal loss, with a controller that acts",
     plan,
     from_runs(tables),
+    figures=draw,
     order=3,
 )

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -39,6 +40,7 @@ from studies.engine.arms import Arm, Decay, Schedule
 from studies.engine.language import LanguageTask, Order
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
+from studies.output.front_figure import draw_fronts
 from studies.output.fronts import compare, is_live
 from studies.output.statistics import Interval, ratio
 from studies.questions.live import Method
@@ -73,7 +75,7 @@ class Scale:
 
 
 SCALES: dict[str, Scale] = {
-    "smoke": Scale(20_000, 2, 16, 1, (512, 2048), (4e-3, 8e-3), (4e-3,), (1000,)),
+    "smoke": Scale(5_000, 2, 16, 1, (512, 2048), (4e-3, 8e-3), (4e-3,), (1000,)),
     "laptop": Scale(1_000_000, 8),
     "paper": Scale(1_000_000, 20, width=384, layers=6),
 }
@@ -133,13 +135,13 @@ def plan(options: Options, found: Found) -> list[Run]:
     """Budget by budget, then the role of the warm-up, then the largest budget."""
     scale = SCALES[options.preset]
     runs: list[Run] = []
-    for setting in SETTINGS:
+    for setting in SETTINGS if options.preset != "smoke" else SETTINGS[1:2]:
         runs += _setting(setting, scale, range(options.seeds or scale.seeds), found)
         if any(run not in found for run in runs):
             return runs
     runs += _warming(Setting(1, "post"), scale)
-    runs += _warming(SMALL, scale)
     if options.preset != "smoke":
+        runs += _warming(SMALL, scale)
         runs += _largest(scale, range(min(options.seeds or LARGE_SEEDS, LARGE_SEEDS)), found)
     return runs
 
@@ -316,10 +318,18 @@ def warm_up(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def draw(folder: Path) -> None:
+    """Every arm against the frontier of its task; nothing before there is one."""
+    table = STUDY.tables(folder).get("arms")
+    if table is not None:
+        draw_fronts(table, TASK, folder)
+
+
 STUDY = Study(
     NAME,
     "the same on a character language model, by budget, and the role of the warm-up",
     plan,
     from_runs(tables),
+    figures=draw,
     order=4,
 )
