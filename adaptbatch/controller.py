@@ -417,7 +417,10 @@ class BatchController:
                 were changed.
         """
         self._require_whole()
-        if self._window.due or not self._window.cells:
+        if not self._window.cells:
+            return
+        if self._window.due:
+            self._window.ended = True
             return
         if not self._window.synced:
             raise RuntimeError(

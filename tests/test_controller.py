@@ -497,6 +497,19 @@ class TestState:
         with pytest.raises(RuntimeError, match=r"load_state_dict\(\) is for between windows, got one with 1 of 3"):
             controller.load_state_dict(state)
 
+    def test_the_end_of_the_data_is_known_where_it_is_told_of_a_due_window(self):
+        """A short last micro-batch in a full window says nothing of what a micro-batch weighs."""
+        model = small_model()
+        c = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+        for index, x in enumerate(batches([4, 4, 4, 1]), start=1):
+            c.backward(squared(model, x), weight=len(x))
+            if index == 4:
+                c.close_window()
+            if c.step_due:
+                c.step()
+        assert c._loop.progress.cell_examples == 4.0
+        assert c._loop.unequal == 0
+
     @pytest.mark.parametrize("phase", [False, True])
     @pytest.mark.parametrize("clips", [False, True])
     def test_a_due_window_goes_on_to_the_last_bit(self, phase, clips):

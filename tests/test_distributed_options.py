@@ -277,6 +277,7 @@ def test_what_was_frozen_since_it_was_wrapped_may_thaw(found: list[dict[str, Any
 
 SHARDED_WRITES: dict[str, Callable[[nn.Module], object]] = {
     "zero_grad": lambda model: model.zero_grad(),
+    "zeros": lambda model: model.zero_grad(set_to_none=False),
     "clip": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3),
     "data": lambda model: [p.grad.to_local().data.mul_(0.5) for p in model.parameters()],
 }
@@ -340,7 +341,8 @@ def test_sharded_gradients_are_guarded_and_forgotten(tmp_path: Path):
     for rank in spawn(sharded_faults, tmp_path):
         for name in SHARDED_WRITES:
             assert "found gradients that were changed within the window" in rank[name, "every"]
-        assert "gradients are gone" in rank["zero_grad", "last"]
+        for name in ("zero_grad", "zeros"):
+            assert "gradients are gone" in rank[name, "last"]
         # Clipping a due window is what it is for.
         assert rank["clip", "last"] == pytest.approx(1e-3, rel=1e-3)
         for end in rank["ends"].values():

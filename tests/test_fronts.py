@@ -9,10 +9,12 @@ import torch
 
 import adaptbatch as ab
 from studies import data
+from studies.engine import reduce
 from studies.engine.arms import Arm, Decay
 from studies.engine.language import CharacterModel, LanguageTask, mean_loss, sequences
 from studies.engine.training import train
-from studies.output.fronts import Frontier, compare, is_live
+from studies.output.fronts import Frontier, claim_row, compare, compare_tasks, is_live
+from studies.output.statistics import Interval
 
 
 def table(noise: float = 0.0, seeds: int = 6, **arms: tuple[float, float]) -> pd.DataFrame:
@@ -75,10 +77,42 @@ class TestFrontier:
         with pytest.raises(ValueError, match="a seed that all arms share"):
             compare(rows[(rows["arm"] == "late") | (rows["seed"] > 2)])
 
+    def test_one_arm_over_another_leaves_the_frontiers_noise_out(self):
+        rows = table(noise=0.3, mine=(2_000.0, 100 / np.sqrt(4_000)), theirs=(3_000.0, 100 / np.sqrt(4_000)))
+        found = compare(rows, against="mine").set_index("arm").loc["theirs"]
+        assert found["over"] == pytest.approx(2 / 3, rel=1e-3)
+        assert found["over high"] - found["over low"] < 1e-3
 
-def test_a_run_is_live_if_it_moved_and_was_mostly_free():
-    rows = pd.DataFrame({"changes": [0, 3, 3], "at_limit": [0.0, 0.49, 0.5]})
-    assert is_live(rows).tolist() == [False, True, False]
+
+def closed(rows: pd.DataFrame, **arms: int) -> pd.DataFrame:
+    """Rows as a study has them; of the arms so many runs were live."""
+    live = [row["fixed"] or row["seed"] < arms.get(row["arm"], 0) for row in rows.to_dict("records")]
+    rows = rows.assign(task="a", adaptbatch=["any" if fixed else "0.1" for fixed in rows["fixed"]])
+    rows = rows.assign(changes=np.where(live, 3, 0), at_limit=0.0, lr=1e-3, diverged=False)
+    return rows.assign(mean_batch=64.0, last_batch=64.0, fixed=rows["fixed"].astype(int))
+
+
+class TestTasks:
+    def test_a_run_is_live_if_it_moved_and_was_mostly_free_or_has_no_loop_to_close(self):
+        rows = pd.DataFrame({"changes": [0, 3, 3, 0], "at_limit": [0.0, 0.49, 0.5, 0.0]})
+        assert is_live(rows.assign(adaptbatch=["0.1", "0.1", "0.1", "any"])).tolist() == [False, True, False, True]
+
+    def test_an_arm_that_lacks_a_seed_of_the_fixed_batches_waits(self):
+        rows = closed(table(late=(3_000.0, 2.0), early=(3_000.0, 2.0)))
+        rows = rows[(rows["arm"] != "late") | (rows["seed"] < 2)]
+        found = compare_tasks(rows, ["task"])
+        assert "late" not in set(found["arm"])
+        assert found["seeds"].unique().tolist() == [6]
+        assert len(compare_tasks(rows[rows["arm"] == "early"], ["task"])) == 0
+
+    @pytest.mark.parametrize(("live", "verdict"), [(4, "supported"), (3, "undecided"), (0, "undecided")])
+    def test_a_claim_on_runs_that_did_not_move_is_undecided(self, live, verdict):
+        rows = closed(table(moved=(2_000.0, 100 / np.sqrt(4_000))), moved=live)
+        arm = compare_tasks(rows, ["task"]).set_index("arm").loc["moved"]
+        assert arm["live"] == live
+        found = Interval(*(arm[f"updates ratio{end}"] for end in ("", " low", " high")))
+        row = claim_row("V1", "what", "where", found, arm=arm)
+        assert (row["verdict"], row["live"]) == (verdict, f"{live} of 6")
 
 
 class TestLanguage:
@@ -110,6 +144,13 @@ class TestLanguage:
         assert run["accumulation_steps"].max() > run["accumulation_steps"].min()
         assert run["validation_loss"].dropna().iloc[-1] < task.collapsed_loss() + 0.1
         assert run.attrs["test"]["test_loss"] < 3.2
+
+    def test_a_budget_that_is_no_multiple_of_the_context_is_spent(self):
+        task = LanguageTask("kjv", 2_010, 4, 32, width=16, layers=1, heads=2, probe_every=500)
+        run = train(task, Arm("fixed", ab.Fixed(2), 1e-2, optimizer="adamw"), seed=0, study="test")
+        found = reduce.outcome(run, task.examples, task.collapsed_loss())
+        assert 2_010 <= found["examples"] < 2_010 + 32
+        assert np.isfinite(found["final"])
 
     def test_the_mean_over_pieces_is_the_mean(self):
         model = CharacterModel(vocabulary=11, context=8, width=16, layers=1, heads=2)

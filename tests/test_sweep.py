@@ -447,7 +447,7 @@ class TestFigures:
             carry_out(study, Options("smoke"), Where(2), tmp_path, tmp_path / "store")
             folder = tmp_path / name
             for title, table in study.tables(folder).items():
-                assert len(table) or title in ("growth", "claims")
+                assert len(table) or title in ("growth", "claims", "opening")
             study.figures(folder)
             pictures = sorted(path.suffix for path in folder.glob("*.p[nd][gf]"))
             assert pictures[:1] == [".pdf"]

@@ -114,7 +114,8 @@ def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | N
         >>> gradient_stamps([weight]) == before
         False
     """
-    return [None if g is None else (id(g), local_part(g)._version) for g in (p.grad for p in parameters)]
+    # Writes to a sharded gradient count in the DTensor, those to its local part there.
+    return [None if g is None else (id(g), g._version + local_part(g)._version) for g in (p.grad for p in parameters)]
 
 
 @torch.no_grad()

@@ -363,22 +363,24 @@ class Sensor:
     def applied_sq_norm(self, window: OpenWindow) -> Tensor | None:
         """``|g|^2`` of what is in ``.grad`` now, on all ranks; None where nothing wrote to it since it is the mean.
 
+        Sharded it is always measured, in an all-reduce of one number.
+
         Raises:
             RuntimeError: If it was emptied, or another backward pass added to it.
         """
         before, now = self._mean_stamps, gradient_stamps(self.parameters)
-        # A write past the counters is looked for only where that costs no wait.
-        if now == before and not (self.reads_now and self._seal.rewritten()):
+        # A write past the counters is looked for only where that costs no wait. Of a sharded gradient no counter sees
+        # what clipping does (fused operations on DTensors), and ranks whose shards differ must not decide apart.
+        sharded, world = self._ranks.sharded, self._ranks.world_size
+        if not sharded and now == before and not (self.reads_now and self._seal.rewritten()):
             return None
         if before is not None and any(b is not None and a is None for a, b in zip(now, before, strict=False)):
             raise RuntimeError(_EMPTIED)
         if self._probe.elsewhere:
             raise RuntimeError(_ADDED)
         own = self._sq_norm()
-        if self._ranks.sharded:
-            return own.new_tensor(self._ranks.sum({"own": own})["own"])
-        # All ranks hold the same mean.
-        own = own * self._ranks.world_size
+        # All ranks of DDP hold the same mean.
+        own = own.new_tensor(self._ranks.sum({"own": own})["own"]) if sharded else own * world
         assert window.norms.batch is not None
         self._suspect(window, (own == 0.0) & (window.norms.batch.to(own) > 0.0), _EMPTIED)
         return own

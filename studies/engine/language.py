@@ -154,7 +154,7 @@ class NextCharacter:
     def micro_batches(self, seed: int) -> Iterator[Tensor]:
         """The text cut at a new random place each pass, in a new random order, until the budget is spent."""
         generator = torch.Generator().manual_seed(seed)
-        left = self.task.examples // self.task.context
+        left = math.ceil(self.task.examples / self.task.context)
         while left > 0:
             start = int(torch.randint(self.task.context, (), generator=generator))
             cut = sequences(self.train[start:], self.task.context)

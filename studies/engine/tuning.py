@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,22 @@ def trials(space: Mapping[str, Range], count: int, seed: int = 0) -> list[dict[s
         points.append(dict(trial.params))
         study.tell(trial, 0.0)
     return points
+
+
+def best_of(candidates: Sequence[T], rows: Sequence[Mapping[str, Any] | None]) -> T | None:
+    """The candidate with the smallest mean ``final``; None before all are finished, or where there is none.
+
+    Args:
+        candidates: What was tried.
+        rows: Of each candidate in turn its runs, as many for each; None for one that is not finished.
+
+    Example:
+        >>> best_of((0.1, 0.2), [{"final": 3.0}, {"final": 5.0}, {"final": 1.0}, {"final": 4.0}])
+        0.2
+        >>> best_of((0.1, 0.2), [{"final": 3.0}, None]) is None
+        True
+    """
+    finals = [row["final"] for row in rows if row is not None]
+    if not rows or len(finals) < len(rows):
+        return None
+    return candidates[int(np.array(finals).reshape(len(candidates), -1).mean(axis=1).argmin())]

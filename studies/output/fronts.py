@@ -12,11 +12,14 @@ at most what is said. Where it is higher than that of the largest batch the rati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from studies.output.statistics import Interval
 
 RESAMPLES = 2_000
 LIVE_SHARE = 0.5
@@ -72,7 +75,9 @@ class Frontier:
         return bool(self.losses[-1] <= loss <= self.losses[0])
 
 
-def compare(runs: pd.DataFrame, loss: str = "test_loss", resamples: int = RESAMPLES) -> pd.DataFrame:
+def compare(
+    runs: pd.DataFrame, loss: str = "test_loss", resamples: int = RESAMPLES, against: str | None = None
+) -> pd.DataFrame:
     """Every arm of one task against the frontier of its fixed batches, with 95 % bootstrap intervals over seeds.
 
     Seeds are drawn again for all arms alike: they share initial weights and the order of the data. An arm's loss is the
@@ -84,10 +89,12 @@ def compare(runs: pd.DataFrame, loss: str = "test_loss", resamples: int = RESAMP
             ``loss``; every arm on the same seeds.
         loss: Column of the loss.
         resamples: Of the bootstrap.
+        against: An arm whose updates ratio is divided by that of every arm, draw by draw; None: none.
 
     Returns:
         A row for each arm: ``updates``, ``loss``, ``updates ratio`` and ``loss ratio`` with ``low`` and ``high``,
-        ``beyond`` (the share of resamples, the whole included, where its loss is beyond the frontier's ends).
+        ``beyond`` (the share of resamples, the whole included, where its loss is beyond the frontier's ends),
+        and ``over`` with its bounds: the updates ratio of ``against`` over the arm's.
     """
     seeds = sorted(set.intersection(*(set(own) for _, own in runs.groupby("arm")["seed"])))
     if not seeds:
@@ -109,8 +116,57 @@ def compare(runs: pd.DataFrame, loss: str = "test_loss", resamples: int = RESAMP
         for place, name in enumerate(("updates ratio", "loss ratio")):
             values = found[:, index, place]
             row |= {name: values[0]} | _interval(name, values[1:])
+        if against in arms:
+            with np.errstate(invalid="ignore"):
+                over = found[:, arms.index(against), 0] / found[:, index, 0]
+            row |= {"over": over[0]} | _interval("over", over[1:])
         rows.append(row | {"beyond": float(found[:, index, 2].mean())})
     return pd.DataFrame(rows)
+
+
+def compare_tasks(final: pd.DataFrame, task: Sequence[str], against: str | None = None) -> pd.DataFrame:
+    """:func:`compare` of every task on the seeds of its fixed batches; an arm without one of them waits.
+
+    Args:
+        final: Rows of finished runs, those of a fixed batch with ``fixed`` above 0.
+        task: Columns that tell tasks apart.
+        against: Of :func:`compare`.
+
+    Returns:
+        Its rows with the columns ``task``, ``live`` (how many runs were), the median of ``changes``, the rate and the
+        batch; empty before a task has two fixed batches.
+    """
+    parts = []
+    for names, part in final.groupby(list(task), sort=False):
+        part = part.assign(fixed=part["fixed"] > 0, live=is_live(part))
+        by_arm = {arm: set(own) for arm, own in part.groupby("arm")["seed"]}
+        batches = part.loc[part["fixed"], "arm"].unique()
+        if len(batches) < 2:
+            continue
+        seeds = set.intersection(*(by_arm[arm] for arm in batches))
+        arms = [arm for arm, own in by_arm.items() if seeds <= own]
+        whole = part[part["arm"].isin(arms) & part["seed"].isin(seeds)]
+        more = whole.groupby("arm", sort=False).agg(
+            live=("live", "sum"),
+            changes=("changes", "median"),
+            lr=("lr", "first"),
+            diverged=("diverged", "sum"),
+            **{"mean n": ("mean_batch", "mean"), "last n": ("last_batch", "mean"), "limits": ("at_limit", "mean")},
+        )
+        table = compare(whole, against=against).join(more, on="arm")
+        parts.append(table.assign(**dict(zip(task, names, strict=True))))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*task, "arm", "fixed"])
+    return table[[*task, *(name for name in table if name not in task)]]
+
+
+def claim_row(
+    claim: str, what: str, where: str, found: Interval, bound: float = 1.0, arm: Mapping[str, Any] | None = None
+) -> dict[str, object]:
+    """A claim that ``found`` is below ``bound``, undecided where most runs of its ``arm`` were not live."""
+    row = {"claim": claim, "what": what, "where": where, "value": found.value, "low": found.low, "high": found.high}
+    live = "" if arm is None else f"{arm['live']:.0f} of {arm['seeds']:.0f}"
+    tested = arm is None or arm["live"] > arm["seeds"] / 2
+    return row | {"interval": found.kind, "live": live, "verdict": found.below(bound) if tested else "undecided"}
 
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:
@@ -134,5 +190,8 @@ def _ratios(spent: np.ndarray, ended: np.ndarray, fixed: np.ndarray) -> np.ndarr
 
 
 def is_live(runs: pd.DataFrame) -> pd.Series:
-    """Which closed-loop runs put their rule to the test: ``k`` changed, and fewer than half the windows at a limit."""
-    return (runs["changes"] > 0) & (runs["at_limit"] < LIVE_SHARE)
+    """Which runs put a rule to the test: in a closed loop ``k`` changed, and fewer than half the windows at a limit.
+
+    What an open loop does, it does.
+    """
+    return (runs["adaptbatch"] == "any") | (runs["changes"] > 0) & (runs["at_limit"] < LIVE_SHARE)

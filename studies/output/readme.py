@@ -56,12 +56,18 @@ def short_section() -> str:
         f"{counts['not supported']} are not, and {counts['undecided']} are undecided.",
         f"A noise scale that is known it follows: over {len(loop)} profiles the root mean square of log(k / right k) "
         f"is {loop['rms log error'].min():.2f} to {loop['rms log error'].max():.2f}, with at most "
-        f"{loop['reversals'].max():.1f} reversals a run.",
+        f"{loop['reversals'].max():.1f} reversals a run ({_said('closed-loop')}).",
         f"On one CPU thread measuring takes {cost['ratio'] - 1:.1%} more time a step ({cost['ratio low'] - 1:.1%} to "
-        f"{cost['ratio high'] - 1:.1%}), and the nominal 95 % interval covers the truth in {_range(alone['coverage'])} "
-        f"of the cases.",
+        f"{cost['ratio high'] - 1:.1%}; {_said('overhead')}), and the nominal 95 % interval covers the truth in "
+        f"{_range(alone['coverage'])} of the cases ({_said('calibration')}).",
     ]
     return "\n".join(f"* {sentence}" for sentence in sentences)
+
+
+def _said(study: str) -> str:
+    """A study's caption within a sentence."""
+    said = caption(study).rstrip(".")
+    return said[:1].lower() + said[1:]
 
 
 def quick_section() -> str:

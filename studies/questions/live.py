@@ -48,10 +48,11 @@ from studies.engine.networks import Residual
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
 from studies.engine.training import Task
+from studies.engine.tuning import best_of
 from studies.output.front_figure import draw_fronts
-from studies.output.fronts import compare, is_live
+from studies.output.fronts import claim_row, compare_tasks
 from studies.output.statistics import Interval, ratio
-from studies.questions.comparison import ANOMALIES
+from studies.questions import comparison
 
 NAME = "live"
 MICRO_BATCH = 16
@@ -106,21 +107,10 @@ class Setting:
 
     def task(self, scale: Scale, micro_batch: int) -> Task:
         """What its arms share."""
-        name = self.data or scale.home
-        shared = Task(
-            name,
-            scale.examples,
-            micro_batch,
-            probe_examples=512,
-            probe_every=scale.examples // 50,
-            depth=scale.layers,
-            widths=scale.widths,
-            anomaly=ANOMALIES[name],
-        )
-        if self.network == "calm":
-            return shared
+        calm = self.network == "calm"
+        shared = comparison.task("calm" if calm else "noisy", self.data or scale.home, scale)
         residual: Residual = "rezero" if self.network == "rezero" else "scaled"
-        return replace(shared, depth=scale.layers + 4, residual=residual, norm="branch")
+        return replace(shared, micro_batch=micro_batch, probe_every=scale.examples // 50, residual=residual)
 
     def schedule(self, scale: Scale) -> Schedule:
         """Of the learning rate."""
@@ -247,11 +237,7 @@ def _best(
     setting: Setting, scale: Scale, name: str, make: Callable[[float], Arm], batch: int, found: Found
 ) -> float | None:
     """The rate with the smallest mean ``final`` over the tuning seeds; None before all are finished."""
-    rows = [found.get(run) for run in _tuning(setting, scale, name, make, batch)]
-    if any(row is None for row in rows):
-        return None
-    finals = np.array([row["final"] for row in rows if row is not None]).reshape(len(scale.rates), -1)
-    return scale.rates[int(finals.mean(axis=1).argmin())]
+    return best_of(scale.rates, [found.get(run) for run in _tuning(setting, scale, name, make, batch)])
 
 
 def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
@@ -289,8 +275,10 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The arms of each task against its frontier, the claims, and what was tuned."""
     tried, final = runs[runs["stage"] == "tune"], runs[runs["stage"] == "final"]
     found = {"tuning": tuning(tried)}
-    if len(final):
-        found["arms"] = arms(final)
+    compared = compare_tasks(final, TASK, against=PRIMARY)
+    if len(compared):
+        auroc = final.groupby([*TASK, "arm"])["auroc"].mean().rename("auroc")
+        found["arms"] = compared.join(auroc, on=[*TASK, "arm"])
         found["claims"] = claims(found["arms"], final)
     return found
 
@@ -304,31 +292,6 @@ def tuning(tried: pd.DataFrame) -> pd.DataFrame:
         row = dict(zip([*TASK, "method"], names, strict=True)) | {"lr": best, "final": means.min()}
         rows.append(row | {"trials": len(means), "edge": best in (means.index.min(), means.index.max())})
     return pd.DataFrame(rows)
-
-
-def arms(final: pd.DataFrame) -> pd.DataFrame:
-    """Each arm against the frontier of its task, with how many of its runs were live."""
-    parts = []
-    for names, part in final.groupby(TASK, sort=False):
-        # A task is compared once its fixed batches are there; arms with missing seeds wait.
-        counts = part.groupby("arm")["seed"].nunique()
-        whole = part[part["arm"].isin(counts[counts == counts.max()].index)]
-        whole = whole.assign(fixed=whole["fixed"] > 0)
-        if whole.loc[whole["fixed"], "arm"].nunique() < 2:
-            continue
-        table = compare(whole)
-        described = whole.assign(live=is_live(whole)).groupby("arm", sort=False)
-        more = described.agg(
-            live=("live", "sum"),
-            changes=("changes", "median"),
-            lr=("lr", "first"),
-            auroc=("auroc", "mean"),
-            diverged=("diverged", "sum"),
-            **{"mean n": ("mean_batch", "mean"), "last n": ("last_batch", "mean"), "limits": ("at_limit", "mean")},
-        )
-        parts.append(table.join(more, on="arm").assign(**dict(zip(TASK, names, strict=True))))
-    table = pd.concat(parts, ignore_index=True)
-    return table[[*TASK, *(name for name in table if name not in TASK)]]
 
 
 def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
@@ -346,7 +309,8 @@ def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
             row = own.loc[arm]
             bounds = (row[f"updates ratio{end}"] for end in ("", " low", " high"))
             found = Interval(*map(float, bounds), "bootstrap")
-            rows.append(_row(claim, f"updates ratio of {arm} to the frontier is below 1", where, found))
+            said = f"updates ratio of {arm} to the frontier is below 1"
+            rows.append(claim_row(claim, said, where, found, arm=row))
         runs = final[(final[TASK] == list(names)).all(axis=1)]
         rows += _annealing(runs, where)
         if home:
@@ -362,11 +326,6 @@ def _claim(arm: str, home: bool) -> str | None:
     return "V2" if arm.startswith("pareto") and arm.endswith("root") else None
 
 
-def _row(claim: str, what: str, where: str, found: Interval) -> dict[str, object]:
-    row = {"claim": claim, "what": what, "where": where, "value": found.value, "low": found.low, "high": found.high}
-    return row | {"interval": found.kind, "verdict": found.below(1.0)}
-
-
 def _annealing(runs: pd.DataFrame, where: str) -> list[dict[str, object]]:
     """V3: loss with the coupling over loss without, seed by seed."""
     if runs["rate"].iloc[0] != "decaying":
@@ -379,24 +338,18 @@ def _annealing(runs: pd.DataFrame, where: str) -> list[dict[str, object]]:
             continue
         seeds = with_it.index.intersection(without.index)
         found, _ = ratio(with_it[seeds].to_numpy(float), without[seeds].to_numpy(float))
-        rows.append(_row("V3", f"loss of {arm} over that without the coupling is below 1", where, found))
+        rows.append(claim_row("V3", f"loss of {arm} over that without the coupling is below 1", where, found))
     return rows
 
 
 def _feedback(own: pd.DataFrame, where: str) -> list[dict[str, object]]:
-    """V5: what the controls leave, by the bootstrap's own extremes: both ratios rest on the same frontier."""
-    if PRIMARY not in own.index:
-        return []
-    rows, mine = [], own.loc[PRIMARY]
+    """V5: what the controls leave, draw by draw, on the same frontier."""
+    rows = []
     for control in CONTROLS:
-        if control not in own.index:
-            continue
-        theirs = own.loc[control]
-        value = mine["updates ratio"] / theirs["updates ratio"]
-        low = mine["updates ratio low"] / theirs["updates ratio high"]
-        high = mine["updates ratio high"] / theirs["updates ratio low"]
-        found = Interval(float(value), float(low), float(high), "bootstrap")
-        rows.append(_row("V5", f"updates ratio of {PRIMARY} over that of {control} is below 1", where, found))
+        if control in own.index and "over" in own:
+            found = Interval(*(float(own.loc[control, f"over{end}"]) for end in ("", " low", " high")), "bootstrap")
+            said = f"updates ratio of {PRIMARY} over that of {control} is below 1"
+            rows.append(claim_row("V5", said, where, found, arm=own.loc[PRIMARY]))
     return rows
 
 

@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 import adaptbatch as ab
@@ -40,8 +39,9 @@ from studies.engine.arms import Arm, Decay, Schedule
 from studies.engine.language import LanguageTask, Order
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
+from studies.engine.tuning import best_of
 from studies.output.front_figure import draw_fronts
-from studies.output.fronts import compare, is_live
+from studies.output.fronts import claim_row, compare_tasks
 from studies.output.statistics import Interval, ratio
 from studies.questions.live import Method
 
@@ -58,6 +58,8 @@ WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEEDS = (1000, 1001, 1002)
 PRICES = (4.0 * START, 32.0 * START)
 FACTOR = RATES[1] / RATES[0]
+# Of a budget of one million: the first 50,000 characters.
+EARLY = 0.05
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,7 @@ def _tuning(setting: Setting, scale: Scale, n: int, candidates: tuple[float, ...
 
 def _best(setting: Setting, scale: Scale, n: int, candidates: tuple[float, ...], found: Found) -> float | None:
     """The rate with the smallest mean ``final`` over the tuning seeds; None before all are finished."""
-    rows = [found.get(run) for run in _tuning(setting, scale, n, candidates)]
-    if not rows or any(row is None for row in rows):
-        return None
-    finals = np.array([row["final"] for row in rows if row is not None]).reshape(len(candidates), -1)
-    return candidates[int(finals.mean(axis=1).argmin())]
+    return best_of(candidates, [found.get(run) for run in _tuning(setting, scale, n, candidates)])
 
 
 def _fixed(setting: Setting, scale: Scale, n: int, lr: float) -> Arm:
@@ -241,44 +239,28 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The arms against the frontier of each budget, the role of the warm-up, the claims."""
     final, warming = runs[runs["stage"] == "final"], runs[runs["stage"] == "warm-up"]
     found: dict[str, pd.DataFrame] = {}
-    if len(final):
-        found["arms"] = arms(final)
-        found["claims"] = claims(found["arms"])
+    compared = compare_tasks(final, TASK)
+    if len(compared):
+        found["arms"] = compared
     if len(warming):
+        found["opening"] = opening_noise(warming, curves)
         found["warm-up"] = warm_up(warming)
+    rows = (claims(compared) if len(compared) else []) + (openings(found["warm-up"]) if len(warming) else [])
+    if rows:
+        found["claims"] = pd.DataFrame(rows)
     return found
 
 
-def arms(final: pd.DataFrame) -> pd.DataFrame:
-    """Each arm against the frontier of its budget, with how many of its runs were live."""
-    parts = []
-    for names, part in final.groupby(TASK, sort=False):
-        counts = part.groupby("arm")["seed"].nunique()
-        whole = part[part["arm"].isin(counts[counts == counts.max()].index)]
-        whole = whole.assign(fixed=whole["fixed"] > 0, live=is_live(whole))
-        if whole.loc[whole["fixed"], "arm"].nunique() < 2:
-            continue
-        more = whole.groupby("arm", sort=False).agg(
-            live=("live", "sum"),
-            changes=("changes", "median"),
-            lr=("lr", "first"),
-            **{"mean n": ("mean_batch", "mean"), "last n": ("last_batch", "mean"), "limits": ("at_limit", "mean")},
-        )
-        parts.append(compare(whole).join(more, on="arm").assign(**dict(zip(TASK, names, strict=True))))
-    table = pd.concat(parts, ignore_index=True)
-    return table[[*TASK, *(name for name in table if name not in TASK)]]
-
-
-def claims(table: pd.DataFrame) -> pd.DataFrame:
-    """L1, L2 and L4; L3 is read off its own table."""
-    rows = []
+def claims(table: pd.DataFrame) -> list[dict[str, object]]:
+    """L1, L2 and L4."""
+    rows: list[dict[str, object]] = []
     own = table[table["arm"].isin(PRIMARY)]
     for row in own.to_dict("records"):
         where = f"{row['order']}-LN, {row['millions']} million"
         for claim, name, bound in (("L1", "updates ratio", 1.0), ("L4", "loss ratio", 1.03)):
             found = Interval(*(row[f"{name}{end}"] for end in ("", " low", " high")), "bootstrap")
             said = f"{name} of {row['arm']} to the frontier is below {bound:g}"
-            rows.append(_row(claim, said, where, found, bound))
+            rows.append(claim_row(claim, said, where, found, bound, row))
     for arm in PRIMARY:
         for order, part in own[own["arm"] == arm].groupby("order"):
             by_budget = part.set_index("millions").sort_index()
@@ -291,13 +273,35 @@ def claims(table: pd.DataFrame) -> pd.DataFrame:
                     "bootstrap",
                 )
                 said = f"updates ratio of {arm} at {large} million over that at {small} million is below 1"
-                rows.append(_row("L2", said, f"{order}-LN", found, 1.0))
-    return pd.DataFrame(rows)
+                rows.append(claim_row("L2", said, f"{order}-LN", found, arm=a))
+    return rows
 
 
-def _row(claim: str, what: str, where: str, found: Interval, bound: float) -> dict[str, object]:
-    row = {"claim": claim, "what": what, "where": where, "value": found.value, "low": found.low, "high": found.high}
-    return row | {"interval": found.kind, "verdict": found.below(bound)}
+def opening_noise(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """L3 (a): mean relative noise ``B / n`` of the early evaluations, by order and rate, under the warm-up."""
+    own = runs.loc[runs["arm"] == "rate warm-up", ["key", "order", "lr"]].merge(
+        curves[["key", "examples_seen", "noise_scale", "global_batch"]], on="key"
+    )
+    early = own[own["examples_seen"] <= EARLY * own.groupby("key")["examples_seen"].transform("max")]
+    ratio_ = early["noise_scale"] / early["global_batch"]
+    by = early.assign(**{"B / n": ratio_}).groupby(["order", "lr"], sort=False)["B / n"]
+    return by.agg(["mean", "min", "max", "count"]).reset_index()
+
+
+def openings(table: pd.DataFrame) -> list[dict[str, object]]:
+    """L3 (b): what opens with a large batch against the rate's warm-up, on post-LN."""
+    rows = []
+    own = table[table["order"] == "post"].set_index("opening")
+    for way in ("large batch first", "standard error"):
+        if way in own.index:
+            row = own.loc[way]
+            found = Interval(row["of rate warm-up"], row["low"], row["high"], "t")
+            said = f"loss of {way} over that of the rate's warm-up is below 1.01, at as many rates"
+            claimed = claim_row("L3", said, "post-LN, 1 million", found, 1.01)
+            if row["rates within a tenth"] < own.loc["rate warm-up", "rates within a tenth"]:
+                claimed["verdict"] = "not supported"
+            rows.append(claimed)
+    return rows
 
 
 def warm_up(runs: pd.DataFrame) -> pd.DataFrame:

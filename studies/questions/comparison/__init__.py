@@ -34,7 +34,7 @@ from studies.engine.arms import Arm, Follow, Warmup
 from studies.engine.runner import Run
 from studies.engine.sweep import SHARED, Found, Options, Study, from_runs
 from studies.engine.training import Task
-from studies.engine.tuning import Range, trials
+from studies.engine.tuning import Range, best_of, trials
 from studies.output import verdicts
 from studies.questions.comparison.figure import draw
 
@@ -198,11 +198,7 @@ def tuning(method: Method, network: Network, data: str, scale: Scale) -> Iterato
 
 def choose(method: Method, network: Network, data: str, scale: Scale, found: Found) -> dict[str, float] | None:
     """The trial with the smallest mean ``final`` over the tuning seeds; None before all are finished."""
-    rows = [found.get(run) for run in tuning(method, network, data, scale)]
-    if any(row is None for row in rows):
-        return None
-    finals = np.array([row["final"] for row in rows if row is not None]).reshape(-1, scale.tuning_seeds)
-    return points(method, scale)[int(finals.mean(axis=1).argmin())]
+    return best_of(points(method, scale), [found.get(run) for run in tuning(method, network, data, scale)])
 
 
 def _controls(
