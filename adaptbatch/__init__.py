@@ -11,6 +11,7 @@ trainers. Imports point down this list::
 from typing import TYPE_CHECKING, Any
 
 from adaptbatch.controller import BatchController
+from adaptbatch.meter import NoiseMeter
 from adaptbatch.optimizer.learning_rate import LearningRate
 from adaptbatch.optimizer.schedule import ScheduleDriver
 from adaptbatch.reporting.history import History
@@ -28,6 +29,7 @@ __all__ = [
     "History",
     "LearningRate",
     "Limits",
+    "NoiseMeter",
     "Pareto",
     "Ramp",
     "RelativeStandardError",
