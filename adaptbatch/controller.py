@@ -322,7 +322,8 @@ class BatchController(WindowLoop):
         self._state, evidence, self._decision = self._state.advance(counts, results, self.rule, self.limits, self.guard)
         row = decision_row(self._state, evidence, self._decision, window.weight)
         row |= self._account(applied, skipped) | {"accumulation_steps": window.micro_batches}
-        pending.row = self.history.append(row)
+        self.history.append(row)
+        pending.row = len(self.history) - 1
         for one in arrived:
             self._amend(one)
         if not self._reads_first:

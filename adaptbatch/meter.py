@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -119,7 +120,9 @@ class NoiseMeter:
         self._parameters = Stepped(optimizer)
         self._examples = ExampleCount(model)
         self.history = History(self._settle, unit)
-        self._limits = Limits(max_steps=sys.maxsize).resolve(Fixed(1), by_example=ghost)
+        self._limits = Limits(max_steps=sys.maxsize).resolve(
+            Fixed(1), world_size=self._ranks.world_size, by_example=ghost
+        )
         self._state = State(
             Progress(
                 population=math.inf if population is None else float(population),
@@ -134,14 +137,20 @@ class NoiseMeter:
         self._said: set[str] = set()
         self._task = -1
         self._in_pass = False
+        self._declared: float | None = None
+        self._scale: Tensor | None = None
+        self._scaler_stamp: tuple[int, int] | None = None
+        self._stamps: list[tuple[int, int] | None] = []
+        self._before: list[tuple[int, int] | None] = []
         # The first window may be clipped.
         self._measures_each = True
         self._reset()
-        self._sensor.watch(self._gradient_arrives)
+        self._sensor.watch(_weak(self._gradient_arrives))
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._step_begins),
-            optimizer.register_step_post_hook(self._step_ended),
+            optimizer.register_step_pre_hook(_weak(self._step_begins)),
+            optimizer.register_step_post_hook(_weak(self._step_ended)),
         ]
+        # A meter that is dropped without close() leaves no hook behind.
         self._finalizer = weakref.finalize(self, _unhook, self._sensor, self._examples, self._handles)
         self._finalizer.atexit = False
 
@@ -290,7 +299,6 @@ class NoiseMeter:
             self._finish(skipped=False)
         # What was thawed, moved or added since is measured from the next window on.
         self._sensor.attach()
-        self._sensor.watch(self._gradient_arrives)
         self._parameters.forget()
 
     @torch.no_grad()
@@ -319,7 +327,7 @@ class NoiseMeter:
         self._state, evidence, decision = self._state.sized(k).advance(
             counts, [one.result for one in arrived], Fixed(k), self._limits
         )
-        pending.row = self.history.append(
+        self.history.append(
             decision_row(self._state, evidence, decision, window.weight)
             | {
                 "optimizer_step": self._optimizer_step,
@@ -332,9 +340,10 @@ class NoiseMeter:
                 "skipped": skipped,
             }
         )
+        pending.row = len(self.history) - 1
         for one in arrived:
             self._amend(one)
-        if self._sensor.sums.cells < 2:
+        if self._sensor.sums.cells < 2 and not self._trouble:
             self._say(_ONE_CELL)
         self._reset()
 
@@ -379,12 +388,12 @@ class NoiseMeter:
         """No window is open."""
         self._count = 0
         self._weight = self._largest = 0.0
-        self._declared: float | None = None
+        self._declared = None
         self._declares = self._measured = self._waits = False
         self._trouble = ""
-        self._scale: Tensor | None = None
-        self._scaler_stamp: tuple[int, int] | None = None
-        self._stamps: list[tuple[int, int] | None] = []
+        self._scale = None
+        self._scaler_stamp = None
+        self._stamps = []
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -402,6 +411,17 @@ class NoiseMeter:
         if trouble not in self._said:
             self._said.add(trouble)
             warnings.warn(f"NoiseMeter: {trouble}", RuntimeWarning, stacklevel=2)
+
+
+def _weak(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that keeps no meter alive."""
+    held = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        if (own := held()) is not None:
+            own(*args)
+
+    return call
 
 
 def _unhook(sensor: Sensor, examples: ExampleCount, handles: list[RemovableHandle]) -> None:

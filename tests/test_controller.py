@@ -613,7 +613,7 @@ class TestState:
             ({"surplus": 1}, r"state must have exactly the known keys, got unknown \['surplus'\] and missing \[\]"),
             (
                 {"late_window": {"names": []}},
-                r"state\['late_window'\] must have exactly the known keys, got unknown \['names'\] and missing \['applied",
+                r"state\['late_window'\] must have exactly the known keys, got unknown \['names'\] and missing \['app",
             ),
             (
                 {"loop": saved(State(Progress())) | {"pooled": {}}},

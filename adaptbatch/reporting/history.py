@@ -118,13 +118,12 @@ class History:
         self._settle()
         self._late = None
 
-    def append(self, row: dict[str, Any]) -> int:
-        """Add a row, whose keys are exactly :data:`.COLUMNS`; returns its index."""
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; its keys are exactly :data:`.COLUMNS`."""
         if row.keys() != COLUMNS.keys():
             raise ValueError(f"row must have exactly the history's columns, differs in {row.keys() ^ COLUMNS.keys()}.")
         for name, value in row.items():
             self._columns[name].append(value)
-        return len(self) - 1
 
     def cut(self, length: int) -> int:
         """Drop all rows but the first ``length``; returns how many are left.
