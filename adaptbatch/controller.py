@@ -227,10 +227,6 @@ class BatchController(WindowLoop):
     def _measures_shards(self) -> bool:
         return self._turn % SHARDS_EVERY == 0
 
-    def discard_window(self) -> None:
-        super().discard_window()
-        self._keep_within_limits()
-
     # --- the end of a window ------------------------------------------------------------------------------------
 
     def step(self) -> Decision:

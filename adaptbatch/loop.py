@@ -96,6 +96,10 @@ class WindowLoop(ABC):
         """Windows before this one."""
 
     @abstractmethod
+    def _keep_within_limits(self) -> None:
+        """Between windows: the next one's size may have other bounds by now."""
+
+    @abstractmethod
     def _share_sums(self) -> None:
         """Make the window's sums those of all ranks, which have to be several."""
 
@@ -350,6 +354,7 @@ class WindowLoop(ABC):
         self._accumulator.close()
         self._restored = None
         self._sensor.forget()
+        self._keep_within_limits()
         self._stream.forget()
 
     def withhold_nonfinite(self) -> bool:

@@ -46,7 +46,7 @@ class NoiseMeter:
     The loop keeps its ``loss / k``, its clipping, its ``GradScaler``, its trainer. A micro-batch ends with its backward
     pass, a window with the optimizer's step; from the ``k`` micro-batch gradients of each window, each with its share
     ``w_c / n`` of the mean, come the unbiased ``|G|^2`` and ``tr(Sigma)`` that a
-    :class:`~adaptbatch.BatchController` with ``rule=Fixed(k)`` measures, in the same :attr:`history`. Parameters,
+    :class:`~adaptbatch.BatchController` with ``rule=Fixed(k)`` measures, in the same ``history``. Parameters,
     optimizer and random numbers are bit for bit those of the loop without it.
 
     What a micro-batch weighs is the first dimension of what the model is called with, as in a loop that adds
@@ -137,6 +137,7 @@ class NoiseMeter:
         self._said: set[str] = set()
         self._task = -1
         self._in_pass = False
+        self._weight = self._largest = 0.0
         self._declared: float | None = None
         self._scale: Tensor | None = None
         self._scaler_stamp: tuple[int, int] | None = None
@@ -204,7 +205,7 @@ class NoiseMeter:
 
     def _gradient_arrives(self) -> None:
         """Before each gradient: the first of a pass begins a micro-batch."""
-        task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        task = torch._C._current_graph_task_id()
         if task == self._task:
             return
         self._task = task
@@ -221,7 +222,7 @@ class NoiseMeter:
             self._sensor.open(UNTOUCHED, self._optimizer_step)
             self._scale = self._loss_scale()
         self._sensor.begin(synchronises=self._ranks.several)
-        torch.autograd.Variable._execution_engine.queue_callback(self._pass_ended)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(self._pass_ended)
 
     def _was_dropped(self, now: list[tuple[int, int] | None]) -> bool:
         """Whether the window's gradients so far were cleared, without a step."""
@@ -234,7 +235,7 @@ class NoiseMeter:
         """At the end of a backward pass, within it."""
         if self._ranks.several:
             # DDP's own callback, which may come later, copies its buckets to .grad.
-            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._micro_batch_ended)
         else:
             self._micro_batch_ended()
@@ -310,7 +311,8 @@ class NoiseMeter:
                 self._trouble = _CHANGED
             else:
                 self._measure()
-        self._measures_each = changed
+        # A scaler takes the loss scale out before the step, which no version counter sees.
+        self._measures_each = changed or self._scaler is not None
 
     def _finish(self, skipped: bool) -> None:
         """Share, pool and record the window."""

@@ -89,10 +89,11 @@ class TestRows:
     @pytest.mark.parametrize("ghost", [False, True])
     def test_unequal_micro_batches_that_are_weighed(self, clip: float | None, ghost: bool):
         model = small_model()
-        twin, data = copy.deepcopy(model), batches([4, 2, 5, 3, 1, 6, 2] * 4)
+        twin, data = copy.deepcopy(model), batches([4, 2, 5, 3, 1, 6, 2] * 4)[:26]
         meter = ab.NoiseMeter(model, optimizer := adam(model), ghost=ghost)
         plain(model, optimizer, data, k=3, clip=clip, weigh=meter.weight)
-        same_rows(meter, controlled(twin, data, 3, clip, ghost=ghost))
+        # The last window is a short one, which a meter cannot know: its memory is by a hair another.
+        same_rows(meter, controlled(twin, data, 3, clip, ghost=ghost), rtol=1e-5)
 
     def test_one_micro_batch_of_measured_examples(self):
         model = small_model()

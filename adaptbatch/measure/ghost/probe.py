@@ -130,7 +130,7 @@ class GhostProbe:
 
     @property
     def on_gradient(self) -> Callable[[], None] | None:
-        """Called before each gradient, listened to or not; None: nobody is."""
+        """What is called before each gradient, listened to or not."""
         return self._record.on_gradient
 
     @on_gradient.setter
