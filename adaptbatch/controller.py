@@ -340,8 +340,17 @@ class BatchController:
         self.expect_trainer()
         if self._window.cells:
             self._stepper.require_scale()
+        arrived: list[Tensor] = []
         with self._observing(loss, weight, unscales=False) as weighted:
+            handle = weighted.register_hook(arrived.append)  # type: ignore[no-untyped-call]
             yield weighted
+            handle.remove()
+            if not arrived:
+                raise RuntimeError(
+                    "observe() yields the loss to back-propagate, with the micro-batch's share of the window, and got "
+                    "no backward pass through it: call backward() on what it yields, not on the loss that it was "
+                    "given. discard_window() goes on without this window."
+                )
 
     @contextmanager
     def _observing(self, loss: Tensor, weight: float, unscales: bool) -> Iterator[Tensor]:
@@ -772,6 +781,7 @@ class BatchController:
                 f"an open window; save it right after step()."
             )
         loop = Loop.from_state_dict(state["loop"])
+        loop = loop if self._sensor.metric == "adam" else loop.euclidean()
         # What the data set is and how it is measured belongs to this controller, not to the checkpoint.
         at = self._loop.progress
         progress = replace(loop.progress, population=at.population, by_example=at.by_example, world_size=at.world_size)

@@ -185,6 +185,13 @@ class Loop:
             return window.measurement
         return window.in_metric if window.in_metric is not None and window.in_metric.finite else None
 
+    def euclidean(self) -> Loop:
+        """The loop where no window will have a metric any more: what is known in its unit would stay for ever."""
+        if self.metric.weight == 0.0:
+            return self
+        fresh = estimate.NoiseTracker()
+        return replace(self, metric=fresh, typical=TypicalTracker(), climb=Climb(), window=None)
+
     def spoiled(self, batch: float, memory: float) -> Loop:
         """The loop after a window of ``batch`` examples without a finite gradient, where a guard counts it."""
         return replace(self, typical=self.typical.exceeded(batch, memory))

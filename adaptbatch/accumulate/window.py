@@ -78,7 +78,7 @@ class OpenWindow:
         self.all_cells += 1
         self.pieces += len(sq_norm) if by_example else 1
 
-    def share(self, ranks: Ranks, note: Mapping[str, float]) -> dict[str, float]:
+    def share(self, ranks: Ranks, note: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Make the sums those of all ranks, in one all-reduce; ``|g|^2`` is a rank's part of it before.
 
         Args:

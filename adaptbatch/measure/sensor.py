@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from adaptbatch.accumulate.ranks import Ranks, local_part, unique_share
+from adaptbatch.accumulate.ranks import Ranks, local_part, require_one_mean, unique_share
 from adaptbatch.accumulate.window import OpenWindow, SquaredNorms
 from adaptbatch.checks import require_examples
 from adaptbatch.measure.copies import PreviousGradient, WindowGradients
@@ -332,7 +332,12 @@ class Sensor:
             window.extra["consecutive_product"] = product / self._ranks.world_size
         self._unscale(window, scaled)
         if self._ranks.several:
-            note = window.share(self._ranks, note)
+            # Each rank's part is of the same mean where DDP holds it whole.
+            one_mean = not self._ranks.sharded
+            spread: dict[str, float | Tensor] = {"sq_batch": window.norms.batch.square()} if one_mean else {}
+            note = window.share(self._ranks, {**note, **spread})
+            if one_mean:
+                require_one_mean(self._ranks, float(window.norms.batch), note["sq_batch"])
         divisor = window.weight / (self._ranks.world_size * window.reference)
         divide_gradients_(parameters, divisor)
         window.divide(divisor)
@@ -489,10 +494,10 @@ class Sensor:
 
 
 _TOUCHED = (
-    "found gradients that were changed within the window, by zero_grad(), unscale_(), clipping, a write through .data "
-    "or another backward pass: its mean and its noise would be wrong. The controller unscales and clears gradients, "
-    "clipping waits until step_due is true, and other losses are kept off these parameters by requires_grad_(False). "
-    "discard_window() goes on without this window."
+    "found gradients that were changed within the window, by zero_grad(), unscale_(), clipping, a write through .data, "
+    "a change of type or another backward pass: its mean and its noise would be wrong. The controller unscales and "
+    "clears gradients, clipping waits until step_due is true, and other losses are kept off these parameters by "
+    "requires_grad_(False). discard_window() goes on without this window."
 )
 _MISMATCH = (
     "the gradient that arrived in .grad is not the one that was measured: something changes it in between, such as a "
