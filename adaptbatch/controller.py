@@ -345,7 +345,8 @@ class BatchController:
             handle = weighted.register_hook(arrived.append)  # type: ignore[no-untyped-call]
             yield weighted
             handle.remove()
-            if not arrived:
+            # A leaf stands for a loss that the trainer scales itself.
+            if weighted.grad_fn is not None and not arrived:
                 raise RuntimeError(
                     "observe() yields the loss to back-propagate, with the micro-batch's share of the window, and got "
                     "no backward pass through it: call backward() on what it yields, not on the loss that it was "
