@@ -13,7 +13,8 @@ from hypothesis import settings
 # One thread a process: the tests run in as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile("same", derandomize=True, deadline=None)
+# CI's search looks further.
+settings.register_profile("same", derandomize=True, deadline=None, max_examples=50)
 settings.register_profile("random", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
@@ -29,9 +30,14 @@ collect_ignore = [
 SHARED = {"browser", "built", "found", "ledger", "opened"}
 
 
+# Files with the longest tests: begun first, so that no worker is left with one of them at the end.
+LONG = {"test_device", "test_reference", "test_studies", "test_sweep"}
+
+
 # Before xdist reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: Path(item.location[0]).stem not in LONG)
     for item in items:
         if SHARED.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(Path(item.location[0]).stem))
