@@ -120,11 +120,11 @@ def put(controller: BatchController, state: Any) -> None:
             f"micro-batches of an open window; save it right after step()."
         )
     # What the data set is and how it is measured belongs to this controller, not to the checkpoint.
-    at = c._state.progress
+    at, state = c._state.progress, found.loop if c._sensor.metric == "adam" else found.loop.euclidean()
     progress = replace(
         found.loop.progress, population=at.population, by_example=at.by_example, world_size=at.world_size
     )
-    c._state = replace(found.loop, progress=progress)
+    c._state = replace(state, progress=progress)
     c._decision, c._stepper.applied = found.decision, found.adjustment
     c._optimizer_step, c._backward_passes = found.optimizer_step, found.backward_passes
     c._skips_in_a_row = found.skips_in_a_row

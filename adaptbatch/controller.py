@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from adaptbatch import checkpoint, estimate
-from adaptbatch.accumulate.ranks import Ranks, Sync, require_agreement
+from adaptbatch.accumulate.ranks import Ranks, Sync, require_agreement, require_one_mean
 from adaptbatch.checks import require_kind, require_pair, require_shared_parameter, require_unit
 from adaptbatch.loop import WindowLoop
 from adaptbatch.measure.result import PendingResult
@@ -354,9 +354,13 @@ class BatchController(WindowLoop):
 
     def _share_sums(self) -> None:
         window, sums, note = self._window, self._sensor.sums, self._note()
-        self._shared = self._ranks.sum({**window.own(), "cells": sums.cells, **sums, **note})
+        spread = {"sq_batch": sums["batch"].square()}
+        self._shared = self._ranks.sum({**window.own(), "cells": sums.cells, **sums, **spread, **note})
         window.share(self._shared, self._ranks.world_size)
         sums.share(self._shared)
+        # Where DDP holds it whole, each rank's part is of the same mean.
+        if not self._ranks.sharded:
+            require_one_mean(self._ranks, self._shared["batch"], self._shared["sq_batch"])
         require_agreement(self._ranks, note, self._shared)
         if self._shared["more"] < self._ranks.world_size:
             self._stream.end()

@@ -208,8 +208,18 @@ class WindowLoop(ABC):
         self.expect_trainer()
         if self._window.micro_batches:
             self._stepper.require_scale()
+        arrived: list[Tensor] = []
         with self._observing(loss, weight, unscales=False) as weighted:
+            handle = weighted.register_hook(arrived.append)  # type: ignore[no-untyped-call]
             yield weighted
+            handle.remove()
+            # A leaf stands for a loss that the trainer scales itself.
+            if weighted.grad_fn is not None and not arrived:
+                raise RuntimeError(
+                    "observe() yields the loss to back-propagate, with the micro-batch's share of the window, and got "
+                    "no backward pass through it: call backward() on what it yields, not on the loss that it was "
+                    "given. discard_window() goes on without this window."
+                )
 
     @contextmanager
     def _observing(self, loss: Tensor, weight: float, unscales: bool) -> Iterator[Tensor]:

@@ -209,6 +209,13 @@ class State:
             return result.measurement
         return result.in_metric if result.in_metric is not None and result.in_metric.finite else None
 
+    def euclidean(self) -> State:
+        """The state where no window will have a metric any more: what is known in its unit would stay for ever."""
+        if self.metric.weight == 0.0:
+            return self
+        fresh = estimate.NoiseTracker()
+        return replace(self, metric=fresh, typical=TypicalTracker(), climb=Climb(), window=None)
+
     def spoiled(self, batch: float, memory: float) -> State:
         """The state after a window of ``batch`` examples without a finite gradient, where a guard counts it."""
         return replace(self, typical=self.typical.exceeded(batch, memory))

@@ -29,9 +29,14 @@ collect_ignore = [
 SHARED = {"browser", "built", "found", "ledger", "opened"}
 
 
+# Files with the longest tests: begun first, so that no worker is left with one of them at the end.
+LONG = {"test_device", "test_reference", "test_studies", "test_sweep"}
+
+
 # Before xdist reads the groups.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: Path(item.location[0]).stem not in LONG)
     for item in items:
         if SHARED.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(Path(item.location[0]).stem))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,27 @@ def beside(rank: int) -> Any:
     return {}
 
 
+def apart(rank: int, way: str) -> Any:
+    """What keeps DDP from synchronising the last micro-batch of a window, and a window after it."""
+    model = DistributedDataParallel(small_model())
+    c = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+    said = ""
+    for index, x in enumerate(c.micro_batches(batches([4] * DATA, seed=rank))):
+        wrong = index < 2
+        around = model.no_sync() if wrong and way == "no_sync" else nullcontext()
+        try:
+            with around:
+                loss = squared(model.module if wrong and way == "module" else model, x)
+            # DDP looks at the forward pass.
+            c.backward(loss, weight=4)
+        except RuntimeError as error:
+            said = str(error)
+            c.discard_window()
+        if c.step_due:
+            c.step()
+    return {"error": said, "parameters": [p.detach() for p in model.parameters()], "steps": len(c.history)}
+
+
 def sharded(rank: int, ignored: int = 0, **options: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
@@ -195,7 +217,11 @@ JOBS: dict[str, Callable[[int], Any]] = {
         ignored,
         beside,
     )
-} | {"fp16": half(default_hooks.fp16_compress_hook)}
+} | {
+    "fp16": half(default_hooks.fp16_compress_hook),
+    "left_no_sync": partial(apart, way="no_sync"),
+    "unwrapped_forward": partial(apart, way="module"),
+}
 if not sharding.args[0]:
     JOBS |= {
         "sharded_ignored": partial(sharded, ignored=2),
@@ -260,6 +286,8 @@ def test_compression_rounds_the_mean_and_not_what_is_measured(found: list[dict[s
         ("thawed_under_way", "2 trained parameters are not synchronised"),
         ("ignored", "2 trained parameters are not synchronised"),
         ("beside", "2 trained parameters are not synchronised"),
+        ("left_no_sync", "ranks hold different gradients after the window's last backward pass"),
+        ("unwrapped_forward", "call the wrapped model, not model.module"),
         pytest.param("sharded_ignored", "2 trained parameters are not synchronised", marks=sharding),
         *(
             pytest.param(name, "model must not be sharded for ghost norms, the phase or Adam's metric", marks=sharding)
@@ -269,6 +297,13 @@ def test_compression_rounds_the_mean_and_not_what_is_measured(found: list[dict[s
 )
 def test_is_refused_by_name_on_every_rank(found: list[dict[str, Any]], name: str, message: str):
     assert all(message in rank[name]["error"] for rank in found), found[0][name]
+
+
+@pytest.mark.parametrize("name", ["left_no_sync", "unwrapped_forward"])
+def test_ranks_that_were_found_apart_go_on_together(found: list[dict[str, Any]], name: str):
+    one, other = (rank[name] for rank in found)
+    assert one["steps"] == other["steps"] == 2
+    assert all(torch.equal(p, q) for p, q in zip(one["parameters"], other["parameters"], strict=True))
 
 
 def test_what_was_frozen_since_it_was_wrapped_may_thaw(found: list[dict[str, Any]]):

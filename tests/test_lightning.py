@@ -503,7 +503,7 @@ def test_two_ranks_step_on_the_mean_over_both(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     x, steps = examples(48), [2, 3, 1, 4]
     module, twin = Sharded(x), Net()
-    options = {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}
+    options = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}
     trainer(tmp_path, AdaptiveAccumulation(rule=Replay(steps)), **options).fit(module)
     ranks = [windows(x[rank::2], steps, epochs=2, size=3) for rank in (0, 1)]
     expected = [own + other for own, other in zip(*ranks, strict=True)]

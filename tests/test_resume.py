@@ -294,13 +294,17 @@ def slow_job(folder: str) -> None:
 class TestHostileStates:
     @pytest.mark.parametrize("name", STATES)
     def test_any_other_value_is_refused_by_its_place_or_trains(self, name):
-        """Every value of a real state is replaced by hostile ones: nothing fails later, or after half a load."""
+        """Every value of a real state is replaced by hostile ones: nothing fails later, or after half a load.
+
+        What all states have meets each of them in two of the six.
+        """
         state = trained(**STATES[name]).state_dict()
         options = {key: value for key, value in STATES[name].items() if key not in ("windows", "micro_batches")}
         controller = trained(5, 0, **options)
         own, before, refused, loaded = controller.state_dict(), text(controller), 0, 0
+        third = list(STATES).index(name) % 3
         for at, original in places(state):
-            for value in HOSTILE:
+            for value in HOSTILE[third::3] if at[:1] == ("loop",) else HOSTILE:
                 try:
                     controller.load_state_dict(changed(state, at, value))
                 except ValueError as error:

@@ -29,7 +29,7 @@ from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
 from studies.engine.training import Task, score, train
 from studies.engine.tuning import Range, trials
-from studies.questions import catalogue, comparison, depth, origin
+from studies.questions import catalogue, comparison, depth, live, origin, transformer
 from studies.questions.overhead.accuracy import exact_moments, network_and_examples
 
 STUDIES = catalogue()
@@ -438,8 +438,12 @@ class TestPlans:
 class TestFigures:
     def test_every_study_draws_from_its_folder(self, tmp_path, monkeypatch):
         """The smallest preset of every study, run, reported and drawn."""
-        small = replace(comparison.SCALES["smoke"], examples=640)
-        monkeypatch.setitem(comparison.SCALES, "smoke", small)
+        for module, small in (
+            (comparison, {"examples": 640}),
+            (live, {"examples": 1_000}),
+            (transformer, {"million": 1_500}),
+        ):
+            monkeypatch.setitem(module.SCALES, "smoke", replace(module.SCALES["smoke"], **small))
         monkeypatch.setattr(origin, "choices", lambda name, scale: iter(()))
         for name, study in STUDIES.items():
             if name in ("comparison", "frontier", "favourable", "sensitivity", "momentum"):

@@ -251,10 +251,10 @@ class Accumulator:
 
 
 _TOUCHED = (
-    "found gradients that were changed within the window, by zero_grad(), unscale_(), clipping, a write through .data "
-    "or another backward pass: its mean and its noise would be wrong. The controller unscales and clears gradients, "
-    "clipping waits until step_due is true, and other losses are kept off these parameters by requires_grad_(False). "
-    "discard_window() goes on without this window."
+    "found gradients that were changed within the window, by zero_grad(), unscale_(), clipping, a write through .data, "
+    "a change of type or another backward pass: its mean and its noise would be wrong. The controller unscales and "
+    "clears gradients, clipping waits until step_due is true, and other losses are kept off these parameters by "
+    "requires_grad_(False). discard_window() goes on without this window."
 )
 _MISMATCH = (
     "the gradient that arrived in .grad is not the one that was measured: something changes it in between, such as a "

@@ -244,3 +244,22 @@ def require_agreement(ranks: Ranks, own: Mapping[str, float], shared: Mapping[st
             f"rank {ranks.rank} disagrees with the others: it takes {own['steps']:.0f} accumulation steps, the mean is "
             f"{shared['steps'] / world:g}. Give every rank the same rule, limits and checkpoint."
         )
+
+
+def require_one_mean(ranks: Ranks, total: float, total_of_squares: float) -> None:
+    """After a window's last backward pass, which synchronises, every rank holds the same mean.
+
+    Args:
+        ranks: Of DistributedDataParallel.
+        total: Sum over the ranks of what each measured of it.
+        total_of_squares: Sum of the squares of these.
+
+    Raises:
+        RuntimeError: If they are not equal, but for rounding of machines that differ; on every rank.
+    """
+    if ranks.world_size * total_of_squares > (1.0 + 1e-9) * total**2:
+        raise RuntimeError(
+            "ranks hold different gradients after the window's last backward pass, which was to synchronise them, and "
+            "would train apart: leave no_sync() to the controller, which enters it itself, and call the wrapped model, "
+            "not model.module. discard_window() goes on without this window."
+        )
