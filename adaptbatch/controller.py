@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from numbers import Real
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -42,6 +42,9 @@ from adaptbatch.reporting.history import History, decision_row
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule
 from adaptbatch.schema import STATE_VERSION, require_state
 from adaptbatch.state import Loop
+
+if TYPE_CHECKING:
+    from adaptbatch.planning.advice import Plan
 
 # Windows between two measurements of how much the ranks' data differ, each of which costs one more norm.
 SHARDS_EVERY = 16
@@ -544,6 +547,18 @@ class BatchController:
             cold,
             self.history.unit,
         )
+
+    def plan(self, batches: Iterable[float] | None = None, devices: int | None = None, **options: Any) -> Plan:
+        """:func:`adaptbatch.plan` of the windows so far, with the seconds of a step that were measured, and the ranks.
+
+        Raises:
+            ValueError: If they hold no evidence, or an argument is out of range.
+        """
+        from adaptbatch.planning.advice import plan
+
+        step = self._loop.evidence().step_seconds
+        known = {"measured_on": self._ranks.world_size} | ({"seconds_per_step": step} if step > 0.0 else {})
+        return plan(self.history, batches, devices, **(known | options))
 
     def layer_noise(self) -> dict[str, NoiseEstimate]:
         """The unbiased pair of each parameter, by name, in a due window of one micro-batch; their sum is the whole's.

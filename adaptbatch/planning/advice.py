@@ -127,9 +127,9 @@ def plan(
 
         S / S_min = 1 + B / n        E / E_min = 1 + n / B        seconds = S (fixed + sync + per_example n / devices)
 
-    It assumes that the learning rate is tuned at every batch, and that one step along a noisy gradient tells of all. The
-    critical batch that is measured (:func:`adaptbatch.critical_batch`) may be a few times ``B``: ``calibration`` takes
-    that factor.
+    It assumes that the learning rate is tuned at every batch, and that one step along a noisy gradient tells of all.
+    The critical batch that is measured (:func:`adaptbatch.critical_batch`) may be a few times ``B``: ``calibration``
+    takes that factor.
 
     With a time model the recommended batch is the smallest within 2 % of the least time; without one the nearest to the
     critical batch, where steps and examples both cost twice their minimum.

@@ -7,8 +7,8 @@ run, in steps without noise, a fixed batch ``n`` therefore takes::
     E(n) = n S(n)                     = E_min (1 + n / B)          E_min = integral B(s) ds
 
 with one noise scale for the run, its mean over the way: ``B = E_min / S_min``. A window ``t`` that was measured went
-``ds = 1 / (1 + B_t / n_t) = |G_t|^2 / E|g_t|^2``, so that both integrals are sums of unbiased moments, each over the same
-length::
+``ds = 1 / (1 + B_t / n_t) = |G_t|^2 / E|g_t|^2``, so that both integrals are sums of unbiased moments, each over the
+same length::
 
     B = sum_t tr(Sigma)_t / m_t  over  sum_t |G|^2_t / m_t,        m_t = E|g_t|^2 of a mean gradient near window t
 

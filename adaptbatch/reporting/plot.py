@@ -65,7 +65,7 @@ def draw_plan(plan: Plan, ax: Axes | None = None) -> Axes:
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.yaxis.set_major_formatter("{x:g}")
-    ax.set_ylim(0.9, 1.1 * float(table[["steps_factor", "examples_factor"]].max().max()))
+    ax.set_ylim(0.9, 1.4 * float(table[["steps_factor", "examples_factor"]].max().max()))
     ax.set_xlabel(f"batch [{plan.unit}]")
     ax.set_ylabel("over the least [1]")
     ax.legend(frameon=False, fontsize="small")
