@@ -5,13 +5,15 @@ noise against its signal, ``rules`` decide how many micro-batches the next windo
 holds them together. ``optimizer`` takes the step, ``reporting`` shows what happened, ``integrations`` bring it into
 trainers, ``planning`` says from what was measured which batch to take. Imports point down this list::
 
-    planning.branches    controller, integrations    reporting, planning    accumulate, measure, optimizer    rules    estimate    records
+    planning    controller, meter, integrations    reporting    accumulate, measure, optimizer    rules    estimate
+    records
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from adaptbatch.controller import BatchController
+from adaptbatch.meter import NoiseMeter
 from adaptbatch.optimizer.learning_rate import LearningRate
 from adaptbatch.optimizer.schedule import ScheduleDriver
 from adaptbatch.reporting.history import History
@@ -31,6 +33,7 @@ __all__ = [
     "History",
     "LearningRate",
     "Limits",
+    "NoiseMeter",
     "Pareto",
     "Ramp",
     "RelativeStandardError",

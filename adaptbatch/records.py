@@ -1,13 +1,28 @@
-"""The letters between the rooms: plain frozen records of floats and ints.
+"""What the modules pass on: plain frozen records of floats and ints.
 
-``probe --Measurement--> noise, tails --Evidence--> rules (with Progress) --Decision--> controller``
+``measure --WindowResult--> state, with its estimates --Evidence--> rules (with Progress) --Decision--> controller``
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from adaptbatch.schema import (
+    ROW,
+    Count,
+    Extent,
+    Flag,
+    Natural,
+    Number,
+    Population,
+    Positive,
+    PositiveOrNan,
+    Square,
+    Sum,
+    a,
+)
 
 #: Why a window has its size.
 Reason = Literal[
@@ -27,7 +42,7 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What was heard in one window: ``K`` cells with weights ``w_c`` and mean gradients ``g_c``.
+    """What was measured in one window: ``K`` cells with weights ``w_c`` and mean gradients ``g_c``.
 
     A cell is a micro-batch, or with ghost norms an example of weight 1.
 
@@ -42,13 +57,13 @@ class Measurement:
         rank_sq_norms: ``sum_r n_r |g_r|^2`` over the means of ranks [g^2 example]; NaN unless it was measured.
     """
 
-    weighted_sq_norms: float
-    batch_sq_norm: float
-    global_batch: float
-    cells: int
-    radial_sq_norms: float = math.nan
-    consecutive_product: float = math.nan
-    rank_sq_norms: float = math.nan
+    weighted_sq_norms: Square
+    batch_sq_norm: Square
+    global_batch: Positive
+    cells: Natural
+    radial_sq_norms: Square = math.nan
+    consecutive_product: Number = math.nan
+    rank_sq_norms: Square = math.nan
 
     @property
     def mean_sq_norm(self) -> float:
@@ -59,6 +74,48 @@ class Measurement:
     def finite(self) -> bool:
         """Whether both squared norms are finite; a window where they are not is evidence of nothing."""
         return math.isfinite(self.weighted_sq_norms) and math.isfinite(self.batch_sq_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowCounts:
+    """What is known of a finished window without its measurements.
+
+    Attributes:
+        global_batch: ``n``, its weights' sum on all ranks [examples].
+        micro_batches: On all ranks; fewer than were decided where the data ended.
+        largest: Weight of the largest of them, over ranks the mean; NaN: not known.
+        ended: Whether the data ended with it, so that its last micro-batch may be a short one.
+        step_seconds: Time of the optimizer's step [s].
+        seconds: Time of the rest [s].
+    """
+
+    global_batch: float
+    micro_batches: int
+    largest: float = math.nan
+    ended: bool = False
+    step_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WindowResult:
+    """What was measured in one finished window.
+
+    Attributes:
+        measurement: Squared norms, Euclidean.
+        in_metric: The same in the optimizer's metric; None without one, or while it is not warm.
+        loss: Weighted mean loss.
+        lr: Learning rate as applied.
+        steps: Its accumulation steps, 0 for a window that the end of the data cut short; None: its cells.
+        applied_sq_norm: ``|g|^2`` as the optimizer got it, after clipping [g^2].
+    """
+
+    measurement: Annotated[Measurement, ROW]
+    in_metric: Annotated[Measurement | None, ROW] = None
+    loss: Number = math.nan
+    lr: Number = math.nan
+    steps: Count | None = None
+    applied_sq_norm: Number = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +211,7 @@ class Progress:
         window: Finished windows, skipped ones included; the index of the window to come.
         examples_seen: Sum of all weights so far [examples].
         accumulation_steps: ``k`` of the window that just ended.
-        cell_examples: ``b``, the examples of one micro-batch on one rank; NaN before the first window.
+        micro_batch_examples: ``b``, the examples of one micro-batch on one rank; NaN before the first window.
         world_size: ``W``, the ranks; a window holds ``n = k b W`` examples.
         examples_since_change: Examples since ``k`` last changed; infinite if it never did.
         population: Examples in the data set, or infinity.
@@ -162,20 +219,20 @@ class Progress:
         by_example: Whether single examples are measured (ghost norms): one micro-batch then holds evidence.
     """
 
-    window: int = 0
-    examples_seen: float = 0.0
-    accumulation_steps: int = 1
-    cell_examples: float = math.nan
-    world_size: int = 1
-    examples_since_change: float = math.inf
-    population: float = math.inf
-    finite: bool = True
-    by_example: bool = False
+    window: Count = 0
+    examples_seen: Sum = 0.0
+    accumulation_steps: Natural = 1
+    micro_batch_examples: PositiveOrNan = math.nan
+    world_size: Natural = 1
+    examples_since_change: Extent = math.inf
+    population: Population = math.inf
+    finite: Flag = True
+    by_example: Flag = False
 
     @property
     def step_examples(self) -> float:
         """``b W``, the examples that one more accumulation step adds."""
-        return self.cell_examples * self.world_size
+        return self.micro_batch_examples * self.world_size
 
     @property
     def global_batch(self) -> float:
@@ -193,6 +250,6 @@ class Decision:
         reason: One of the words of :data:`.Reason`.
     """
 
-    accumulation_steps: int
-    target_batch: float
-    reason: Reason
+    accumulation_steps: Natural
+    target_batch: Number
+    reason: Annotated[Reason, a(str, "be a text")]

@@ -1,54 +1,65 @@
 """All that is known between two windows, as one pure value: what the controller holds and the simulator runs.
 
-``counted`` takes note of a finished window, ``heard`` pools what was measured in it, ``decided`` asks the rule. Floats
-only, no torch.
+``state.advance(counts, results, rule, limits)`` is a window's whole arithmetic: count it, pool what was measured,
+decide. Floats only, no torch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 from adaptbatch import estimate
 from adaptbatch.estimate.climb import Climb
 from adaptbatch.estimate.typical import TypicalTracker
-from adaptbatch.records import Decision, Evidence, Measurement, NoiseEstimate, Progress, Reason, Response
+from adaptbatch.records import (
+    Decision,
+    Evidence,
+    Measurement,
+    NoiseEstimate,
+    Progress,
+    Reason,
+    Response,
+    WindowCounts,
+    WindowResult,
+)
 from adaptbatch.rules import Guard, Limits, Rule, decide
-from adaptbatch.schema import require_loop
+from adaptbatch.schema import ROW, Moment, Number, Sum, number, refuse
 
 # Half of what is known of a window's seconds is of the last hundred windows.
 SECONDS_DECAY = 2.0 ** (-1.0 / 100.0)
 # Half of what is known of the size of unequal micro-batches is of the last two hundred.
-CELLS_DECAY = 2.0 ** (-1.0 / 200.0)
+MICRO_BATCHES_DECAY = 2.0 ** (-1.0 / 200.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """One finished window's numbers, when they have reached the host.
+class Seconds:
+    """Decayed sums over windows: their number, their examples, the seconds of their steps and of the rest."""
 
-    Attributes:
-        measurement: Squared norms, Euclidean.
-        in_metric: The same in the optimizer's metric; None without one, or while it is not warm.
-        loss: Weighted mean loss.
-        lr: Learning rate as applied.
-        steps: Its accumulation steps, 0 for a window that the end of the data cut short; None: its cells.
-    """
+    windows: Sum = 0.0
+    examples: Sum = 0.0
+    step: Sum = 0.0
+    rest: Sum = 0.0
 
-    measurement: Measurement
-    in_metric: Measurement | None = None
-    loss: float = math.nan
-    lr: float = math.nan
-    steps: int | None = None
+    def update(self, counts: WindowCounts) -> Seconds:
+        """One window later."""
+        return Seconds(
+            SECONDS_DECAY * self.windows + 1.0,
+            SECONDS_DECAY * self.examples + counts.global_batch,
+            SECONDS_DECAY * self.step + counts.step_seconds,
+            SECONDS_DECAY * self.rest + counts.seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Loop:
+class State:
     """The state of a training loop between two windows: progress, the channels of evidence, the last change.
 
     Attributes:
         progress: Where the training stands; ``accumulation_steps`` is the size of the window to come.
-        cells_known: Micro-batches that ``progress.cell_examples`` is the mean of, decayed.
+        micro_batches_known: Micro-batches that ``progress.micro_batch_examples`` is the mean of, decayed.
         unequal: 0: micro-batches are equal; 1: but for those of the last window; 2: they are of any size.
         pooled: Euclidean moments.
         metric: Moments in the optimizer's metric, for the decision once there are any.
@@ -59,72 +70,84 @@ class Loop:
         window: The last finite window, in the metric of the decision.
         changed_at: Examples seen when ``k`` last changed.
         loss_sum, loss_weight: Decayed sums over windows.
-        lr: Of the last window heard.
-        seconds_each: Decayed sums of windows, examples, step seconds and other seconds.
+        lr: Of the last window measured.
+        seconds: What a window takes.
 
     Example:
         >>> from adaptbatch import RelativeStandardError
-        >>> loop = Loop(Progress(accumulation_steps=2))
+        >>> state = State(Progress(accumulation_steps=2))
         >>> window = Measurement(weighted_sq_norms=640.0, batch_sq_norm=4.0, global_batch=128.0, cells=2)
-        >>> loop = loop.counted(window.global_batch, cells=2).heard(Heard(window), memory=1e5)
-        >>> loop, decision = loop.decided(RelativeStandardError(), Limits())
-        >>> decision.accumulation_steps, decision.reason, loop.progress.examples_seen
-        (2, 'undecided', 128.0)
+        >>> counts, result = WindowCounts(128.0, micro_batches=2), WindowResult(window)
+        >>> state, evidence, decision = state.advance(counts, [result], RelativeStandardError(), Limits())
+        >>> decision.accumulation_steps, decision.reason, state.progress.examples_seen, evidence.pooled.noise_trace
+        (2, 'undecided', 128.0, 128.0)
     """
 
     progress: Progress
-    cells_known: float = 0.0
-    unequal: int = 0
+    micro_batches_known: Sum = 0.0
+    unequal: Annotated[int, number("be 0, 1 or 2", lambda x: x in (0, 1, 2))] = 0
     pooled: estimate.NoiseTracker = field(default_factory=estimate.NoiseTracker)
     metric: estimate.NoiseTracker = field(default_factory=estimate.NoiseTracker)
     typical: TypicalTracker = field(default_factory=TypicalTracker)
     climb: Climb = field(default_factory=Climb)
     products: estimate.NoiseTracker = field(default_factory=estimate.NoiseTracker)
     shards: estimate.ShardTracker = field(default_factory=estimate.ShardTracker)
-    window: Measurement | None = None
-    changed_at: float = -math.inf
-    loss_sum: float = 0.0
-    loss_weight: float = 0.0
-    lr: float = math.nan
-    seconds_each: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    window: Annotated[Measurement | None, ROW] = None
+    changed_at: Moment = -math.inf
+    loss_sum: Number = 0.0
+    loss_weight: Sum = 0.0
+    lr: Number = math.nan
+    seconds: Annotated[Seconds, ROW] = field(default_factory=Seconds)
 
-    def counted(
+    def advance(
         self,
-        global_batch: float,
-        cells: int,
-        largest: float = math.nan,
-        ended: bool = False,
-        finite: bool = True,
-        step_seconds: float = 0.0,
-        seconds: float = 0.0,
-    ) -> Loop:
-        """The loop after a window of ``cells`` micro-batches on all ranks, before its numbers are pooled.
+        counts: WindowCounts,
+        results: Sequence[WindowResult],
+        rule: Rule,
+        limits: Limits,
+        guard: Guard | None = None,
+    ) -> tuple[State, Evidence, Decision]:
+        """The state one window later, the evidence, and the decision that was made on it.
 
         Args:
-            global_batch: Its weights' sum [examples].
-            cells: Its micro-batches; fewer than were decided where the data ended.
-            largest: Weight of the largest of them, over ranks the mean; NaN: not known.
-            ended: Whether the data ended with it, so that its last micro-batch may be a short one.
-            finite: Whether all gradients that arrived were finite.
-            step_seconds: Time of the optimizer's step [s].
-            seconds: Time of the rest [s].
+            counts: Of the window that ended.
+            results: What has reached the host since the last call, oldest first: that window's own, or of one before.
+                Those that are not finite are evidence of nothing, but for a guard.
+            rule, limits, guard: How the next window's size is decided.
         """
-        at = self.progress
-        seen = at.examples_seen + global_batch
-        cell, cells_known, unequal = self._sized_cells(global_batch, cells, largest, ended)
+        state = self.counted(counts, all(result.measurement.finite for result in results))
+        memory = state.memory(rule)
+        for result in results:
+            if result.measurement.finite:
+                state = state.measured(result, memory)
+            elif guard is not None:
+                state = state.spoiled(result.measurement.global_batch, memory)
+        evidence = state.evidence()
+        decision = decide(rule, evidence, state.progress, limits, guard)
+        return state.sized(decision.accumulation_steps), evidence, decision
+
+    def counted(self, counts: WindowCounts, finite: bool = True) -> State:
+        """The state after a window, before its measurements are pooled.
+
+        Args:
+            counts: Of the window.
+            finite: Whether all gradients that arrived were finite.
+        """
+        at, n = self.progress, counts.global_batch
+        seen = at.examples_seen + n
+        size, known, unequal = self._micro_batch_size(counts)
         progress = replace(
             at,
             window=at.window + 1,
             examples_seen=seen,
-            cell_examples=cell,
+            micro_batch_examples=size,
             examples_since_change=seen - self.changed_at,
             finite=finite,
         )
-        each = (1.0, global_batch, step_seconds, seconds)
-        times = tuple(SECONDS_DECAY * old + new for old, new in zip(self.seconds_each, each, strict=True))
-        return replace(self, progress=progress, cells_known=cells_known, unequal=unequal, seconds_each=times)
+        seconds = self.seconds.update(counts)
+        return replace(self, progress=progress, micro_batches_known=known, unequal=unequal, seconds=seconds)
 
-    def _sized_cells(self, global_batch: float, cells: int, largest: float, ended: bool) -> tuple[float, float, int]:
+    def _micro_batch_size(self, counts: WindowCounts) -> tuple[float, float, int]:
         """What one micro-batch weighs, of how many that is known, and whether they are unequal.
 
         Equal ones say it at once. Of unequal ones, token counts say, it is their mean over many windows: one window's
@@ -132,67 +155,67 @@ class Loop:
         short or its last micro-batch, says nothing; where the end is not known, at one micro-batch a window, nor does a
         window that is unlike those before and after it.
         """
-        at, mean = self.progress, global_batch / cells
-        known, weight = at.cell_examples, CELLS_DECAY**cells * self.cells_known
-        equal = cells > 1 and largest * cells == global_batch
+        at, total, count = self.progress, counts.global_batch, counts.micro_batches
+        mean, known = total / count, at.micro_batch_examples
+        weight = MICRO_BATCHES_DECAY**count * self.micro_batches_known
+        equal = count > 1 and counts.largest * count == total
         if math.isnan(known):
-            return mean, float(cells), int(cells > 1 and not equal)
-        if cells < at.accumulation_steps * at.world_size:
-            return known, self.cells_known, self.unequal
+            return mean, float(count), int(count > 1 and not equal)
+        if count < at.accumulation_steps * at.world_size:
+            return known, self.micro_batches_known, self.unequal
         if self.unequal < 2 and (equal or mean == known):
-            return mean, weight + cells if mean == known else float(cells), 0
-        if ended or largest == known:
-            return known, self.cells_known, self.unequal
+            return mean, weight + count if mean == known else float(count), 0
+        if counts.ended or counts.largest == known:
+            return known, self.micro_batches_known, self.unequal
         if self.unequal == 0:
-            return known, self.cells_known, 1
-        return (weight * known + global_batch) / (weight + cells), weight + cells, 2
+            return known, self.micro_batches_known, 1
+        return (weight * known + total) / (weight + count), weight + count, 2
 
     def memory(self, rule: Rule) -> float:
         """Half-life of the evidence for the window just counted [examples]."""
-        return estimate.memory_examples(rule.memory, self.progress.cell_examples, self.progress.global_batch)
+        return estimate.memory_examples(rule.memory, self.progress.micro_batch_examples, self.progress.global_batch)
 
-    def heard(self, window: Heard, memory: float) -> Loop:
-        """The loop with one finite window's numbers pooled."""
-        population, euclidean = self.progress.population, window.measurement
-        n = euclidean.global_batch
-        pooled = self.pooled.update(estimate.estimate_window(euclidean, population), n, memory)
+    def measured(self, result: WindowResult, memory: float) -> State:
+        """The state with one finite window's measurements pooled."""
+        population, euclidean = self.progress.population, result.measurement
+        n, pair = euclidean.global_batch, estimate.estimate_window(euclidean, population)
         decay = 2.0 ** (-n / memory)
         # A loss that is not a number, as of labels that are all ignored, would stay in the sum for ever.
-        heard = n if math.isfinite(window.loss) else 0.0
-        loop = replace(
+        weight = n if math.isfinite(result.loss) else 0.0
+        state = replace(
             self,
-            pooled=pooled,
+            pooled=self.pooled.update(pair, n, memory),
             shards=self.shards.update(euclidean, self.progress.world_size),
-            loss_sum=decay * self.loss_sum + (n * window.loss if heard else 0.0),
-            loss_weight=decay * self.loss_weight + heard,
-            lr=window.lr,
-        )._phased(euclidean, memory)
-        in_metric = window.in_metric
+            products=self._products(euclidean, memory),
+            loss_sum=decay * self.loss_sum + (n * result.loss if weight else 0.0),
+            loss_weight=decay * self.loss_weight + weight,
+            lr=result.lr,
+        )
+        in_metric = result.in_metric
         if in_metric is None or not in_metric.finite:
-            return loop if self.comparable(window) is None else loop._weighed(window, euclidean, memory)
+            return state if self.comparable(result) is None else state._weighed(result, euclidean, pair, memory)
         if self.metric.weight == 0.0:
             # Another unit: what was known in the old one does not carry over.
-            loop = replace(loop, typical=TypicalTracker(), climb=Climb())
+            state = replace(state, typical=TypicalTracker(), climb=Climb())
         pair = estimate.estimate_window(in_metric, population)
-        return replace(loop, metric=loop.metric.update(pair, n, memory))._weighed(window, in_metric, memory)
+        return replace(state, metric=state.metric.update(pair, n, memory))._weighed(result, in_metric, pair, memory)
 
-    def comparable(self, window: Heard) -> Measurement | None:
+    def comparable(self, result: WindowResult) -> Measurement | None:
         """The window in the unit of what is known so far: Euclidean, until there are moments in the metric.
 
         From then on one without it has none: a parameter was thawed whose second moment is not warm.
         """
         if self.metric.weight == 0.0:
-            return window.measurement
-        return window.in_metric if window.in_metric is not None and window.in_metric.finite else None
+            return result.measurement
+        return result.in_metric if result.in_metric is not None and result.in_metric.finite else None
 
-    def spoiled(self, batch: float, memory: float) -> Loop:
-        """The loop after a window of ``batch`` examples without a finite gradient, where a guard counts it."""
+    def spoiled(self, batch: float, memory: float) -> State:
+        """The state after a window of ``batch`` examples without a finite gradient, where a guard counts it."""
         return replace(self, typical=self.typical.exceeded(batch, memory))
 
-    def _weighed(self, heard: Heard, window: Measurement, memory: float) -> Loop:
+    def _weighed(self, result: WindowResult, window: Measurement, pair: NoiseEstimate, memory: float) -> State:
         """The channels of the decision, one window later."""
-        pair = estimate.estimate_window(window, self.progress.population)
-        steps = window.cells if heard.steps is None else heard.steps
+        steps = window.cells if result.steps is None else result.steps
         return replace(
             self,
             typical=self.typical.update(pair, window, memory),
@@ -200,17 +223,17 @@ class Loop:
             window=window,
         )
 
-    def _phased(self, window: Measurement, memory: float) -> Loop:
-        """The phase one window later, each product in units of its own window: the sign is what counts."""
+    def _products(self, window: Measurement, memory: float) -> estimate.NoiseTracker:
+        """Inner products one window later, each in units of its own window: the sign is what counts."""
         unit = window.mean_sq_norm
         if not (unit > 0.0 and math.isfinite(window.consecutive_product)):
-            return self
+            return self.products
         product = NoiseEstimate(window.consecutive_product / unit, 0.0, degrees_of_freedom=1.0)
-        return replace(self, products=self.products.update(product, window.global_batch, memory))
+        return self.products.update(product, window.global_batch, memory)
 
     def evidence(self) -> Evidence:
         """All that a rule may know."""
-        windows, examples, step_seconds, seconds = self.seconds_each
+        seconds = self.seconds
         decisive = self.metric if self.metric.weight > 0.0 else self.pooled
         return Evidence(
             pooled=decisive.estimate(),
@@ -221,8 +244,8 @@ class Loop:
             window=self.window,
             loss=self.loss_sum / self.loss_weight if self.loss_weight > 0.0 else math.nan,
             lr=self.lr,
-            step_seconds=step_seconds / windows if windows > 0.0 else math.nan,
-            example_seconds=seconds / examples if examples > 0.0 else math.nan,
+            step_seconds=seconds.step / seconds.windows if seconds.windows > 0.0 else math.nan,
+            example_seconds=seconds.rest / seconds.examples if seconds.examples > 0.0 else math.nan,
         )
 
     def phase(self) -> float:
@@ -232,60 +255,30 @@ class Loop:
             return math.nan
         return pair.grad_sq_norm / math.sqrt(pair.var_grad_sq_norm)
 
-    def decided(self, rule: Rule, limits: Limits, guard: Guard | None = None) -> tuple[Loop, Decision]:
-        """The loop with the next window's size, and why it has it."""
-        decision = decide(rule, self.evidence(), self.progress, limits, guard)
-        return self._sized(decision.accumulation_steps), decision
-
-    def limited(self, decision: Decision, limits: Limits) -> tuple[Loop, Decision]:
-        """The loop whose next window, decided already, is brought within new ``limits``."""
+    def limited(self, decision: Decision, limits: Limits) -> tuple[State, Decision]:
+        """The state whose next window, decided already, is brought within new ``limits``."""
         wanted = decision.accumulation_steps
         steps = limits.clamp(wanted)
         if steps == wanted:
             return self, decision
         reason: Reason = "at_max" if wanted > steps else "at_min"
-        return self._sized(steps), replace(decision, accumulation_steps=steps, reason=reason)
+        return self.sized(steps), replace(decision, accumulation_steps=steps, reason=reason)
 
-    def _sized(self, steps: int) -> Loop:
+    def sized(self, steps: int) -> State:
+        """The state whose next window has ``steps`` micro-batches."""
         at = self.progress
         # The first size is no change of one.
         changed = steps != at.accumulation_steps and at.window > 0
         progress = replace(at, accumulation_steps=steps)
         return replace(self, progress=progress, changed_at=at.examples_seen if changed else self.changed_at)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and dictionaries, for a checkpoint."""
-        state = {item.name: getattr(self, item.name) for item in fields(self)}
-        for name in _TRACKERS:
-            state[name] = state[name].state_dict()
-        # A list: torch.distributed.checkpoint wants the same keys in every state.
-        window = [] if self.window is None else list(astuple(self.window))
-        return state | {
-            "progress": asdict(self.progress),
-            "window": window,
-            "seconds_each": list(self.seconds_each),
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The loop whose :meth:`state_dict` this is.
-
-        Raises:
-            ValueError: If a key is unknown or missing, at any depth, or has a value that it cannot have.
-        """
-        require_loop("state", state)
-        values = dict(state) | {name: kind.from_state_dict(state[name]) for name, kind in _TRACKERS.items()}
-        values["progress"] = Progress(**state["progress"])
-        values["window"] = Measurement(*state["window"]) if state["window"] else None
-        values["seconds_each"] = tuple(float(value) for value in state["seconds_each"])
-        return cls(**values)
-
-
-_TRACKERS: dict[str, Any] = {
-    "pooled": estimate.NoiseTracker,
-    "metric": estimate.NoiseTracker,
-    "typical": TypicalTracker,
-    "climb": Climb,
-    "products": estimate.NoiseTracker,
-    "shards": estimate.ShardTracker,
-}
+    @staticmethod
+    def require_whole(name: str, saved: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless what was counted and measured goes together."""
+        seen, window = saved["progress"]["examples_seen"], saved["window"]
+        if saved["changed_at"] > seen:
+            expected = f"be at most {name}['progress']['examples_seen'] = {seen!r}"
+            refuse(f"{name}['changed_at']", expected, saved["changed_at"])
+        for index, value in enumerate(window[:2]):
+            if not math.isfinite(value):
+                refuse(f"{name}['window'][{index}]", "be a finite number", value)

@@ -60,11 +60,11 @@ class TestScaler:
         for x in data:
             controller.backward(squared(model, x), weight=len(x))
             if controller.step_due:
-                before = controller._loop.pooled
+                before = controller._state.pooled
                 controller.step()
                 states.append([p.detach().clone() for p in model.parameters()])
                 if len(states) == 2:
-                    assert controller._loop.pooled == before
+                    assert controller._state.pooled == before
                     assert scaler.get_scale() == 512.0
         rows = controller.history.to_pandas()
         assert rows["skipped"].tolist() == [False, True, False]
@@ -165,7 +165,7 @@ class TestBfloat16:
             exact += len(x) * sum(float(g.double().square().sum()) for g in gradients) * 16
             controller.backward(loss(x), weight=len(x))
         controller.step()
-        assert controller._loop.window.weighted_sq_norms == pytest.approx(exact, rel=1e-6)
+        assert controller._state.window.weighted_sq_norms == pytest.approx(exact, rel=1e-6)
 
     def test_small_gradients_do_not_vanish_and_large_ones_do_not_overflow(self):
         """Squares of 1e-6 and 1e6 lie outside of float16, which is why norms are float32."""

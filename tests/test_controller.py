@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import adaptbatch as ab
 from adaptbatch.records import Progress
 from adaptbatch.reporting.history import COLUMNS
-from adaptbatch.state import Loop
+from adaptbatch.schema import saved
+from adaptbatch.state import State
 from tests import reference
 from tests.test_probe import Checkpointed, TiedLanguageModel
 
@@ -375,7 +376,7 @@ def adaptive(model: nn.Module) -> tuple[ab.BatchController, torch.optim.Optimize
 
 
 def without_times(state: dict) -> dict:
-    return state | {"wall_seconds": 0, "loop": state["loop"] | {"seconds_each": []}}
+    return state | {"wall_seconds": 0, "loop": state["loop"] | {"seconds": []}}
 
 
 class TestState:
@@ -507,8 +508,8 @@ class TestState:
                 c.close_window()
             if c.step_due:
                 c.step()
-        assert c._loop.progress.cell_examples == 4.0
-        assert c._loop.unequal == 0
+        assert c._state.progress.micro_batch_examples == 4.0
+        assert c._state.unequal == 0
 
     @pytest.mark.parametrize("phase", [False, True])
     @pytest.mark.parametrize("clips", [False, True])
@@ -533,7 +534,7 @@ class TestState:
                     if clips:
                         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
                     c.step()
-            outcomes.append((*model.parameters(), c._loop.pooled, c.history.to_pandas().iloc[-1]))
+            outcomes.append((*model.parameters(), c._state.pooled, c.history.to_pandas().iloc[-1]))
         *plain, pooled, row = outcomes[0]
         *resumed, pooled_again, row_again = outcomes[1]
         assert all(torch.equal(p, q) for p, q in zip(plain, resumed, strict=True))
@@ -608,14 +609,14 @@ class TestState:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"version": 99}, r"state must have version 6, got version = 99; it was saved by another release"),
+            ({"version": 99}, r"state must have version 7, got version = 99; it was saved by another release"),
             ({"surplus": 1}, r"state must have exactly the known keys, got unknown \['surplus'\] and missing \[\]"),
             (
                 {"late_window": {"names": []}},
-                r"state\['late_window'\] must have exactly the known keys, got unknown \[\] and missing \['lr'",
+                r"state\['late_window'\] must have exactly the known keys, got unknown \['names'\] and missing \['app",
             ),
             (
-                {"loop": Loop(Progress()).state_dict() | {"pooled": {}}},
+                {"loop": saved(State(Progress())) | {"pooled": {}}},
                 r"state\['loop'\]\['pooled'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
             ),
         ],

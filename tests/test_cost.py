@@ -15,7 +15,7 @@ def test_one_host_read_a_window():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     controller = ab.BatchController(model, optimizer, rule=ab.RelativeStandardError())
     # As on a GPU: what the CPU looks at right away waits for the window's one read.
-    controller._sensor.reads_now = False
+    controller._accumulator.suspicion.reads_now = False
     data = batches([3, 3], dtype=torch.float32)
     run(controller, data)
     with HostReads() as reads:

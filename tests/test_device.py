@@ -21,8 +21,10 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import adaptbatch as ab
-from adaptbatch.accumulate.window import HostCopy, OpenWindow
-from adaptbatch.measure import sensor
+from adaptbatch.accumulate import accumulator
+from adaptbatch.accumulate.window import Window
+from adaptbatch.measure.result import HostCopy, PendingResult
+from adaptbatch.measure.sums import Sums
 from studies.device import bias, exact, harness, table
 from studies.device import ghost as ghost_section
 from studies.device.cases import cases
@@ -258,7 +260,7 @@ def report(folder: Path) -> harness.Report:
 
 
 def test_a_mean_that_is_not_divided_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(sensor, "divide_gradients_", lambda parameters, divisor: None)
+    monkeypatch.setattr(accumulator, "divide_gradients_", lambda parameters, divisor: None)
     found = report(tmp_path)
     exact.one_batch(found, cases(tiny=True)["wide MLP"], "cpu", torch.float32)
     assert not found.ok
@@ -300,14 +302,14 @@ def test_reads_are_told_with_their_part_of_the_loop_and_the_age_of_their_window(
 
 
 def test_a_learning_rate_that_is_on_the_host_is_not_sent_to_the_device():
-    window = OpenWindow()
-    window.add(torch.tensor(1.0), torch.tensor(2.0), 3.0)
-    window.norms.batch = torch.tensor(4.0)
+    window = Window()
+    window.add(3.0)
+    sums = Sums({"weighted": torch.tensor(1.0), "batch": torch.tensor(4.0), "loss_sum": torch.tensor(6.0)}, cells=1)
     rate = torch.tensor(0.125)
-    finished = window.finished(rate)
+    pending = PendingResult.of(sums, window, rate, steps=1)
     rate.mul_(2.0)
-    assert "lr" not in finished.names
-    assert finished.learning_rate == 0.125
+    assert "lr" not in pending.names
+    assert pending.result.lr == 0.125
 
 
 # --- sections that fail, die or hang ------------------------------------------------------------------------------

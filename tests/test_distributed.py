@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptbatch as ab
-from adaptbatch.schema import STATE_VERSION
-from adaptbatch.state import Loop
+from adaptbatch.checkpoint import STATE_VERSION
+from adaptbatch.records import WindowCounts
+from adaptbatch.state import State
 from tests import reference
 from tests.processes import WORLD, spawn, start_ranks
 from tests.test_controller import batches, sgd, small_model, squared
@@ -89,7 +90,7 @@ def hand_written_in_half(rank: int, sync: str, scale: str) -> list[Tensor]:
     """
     model, data = sharded_model(half=True), [x.float() for x in shards(rank)]
     optimizer, cell = sgd(model), sum(sizes[0] for sizes in SIZES) / WORLD
-    loop = Loop(ab.records.Progress(world_size=WORLD))
+    loop = State(ab.records.Progress(world_size=WORLD))
     for steps, (low, high) in zip(STEPS, WINDOWS[1], strict=True):
         loop = replace(loop, progress=replace(loop.progress, accumulation_steps=steps))
         each = sum(sum(sizes[low:high]) for sizes in SIZES) / WORLD
@@ -102,8 +103,8 @@ def hand_written_in_half(rank: int, sync: str, scale: str) -> list[Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         largest = sum(max(sizes[low:high]) for sizes in SIZES) / WORLD
-        loop = loop.counted(each * WORLD, WORLD * (high - low), largest)
-        cell = loop.progress.cell_examples
+        loop = loop.counted(WindowCounts(each * WORLD, WORLD * (high - low), largest))
+        cell = loop.progress.micro_batch_examples
     return [p.full_tensor().detach() for p in model.parameters()]
 
 

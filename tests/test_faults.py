@@ -282,7 +282,7 @@ def test_a_group_is_added_while_gradients_are_kept():
         c.backward(squared(model, one), weight=4)
     mean = torch.stack(cells).mean(0)
     want = sum(4 * float(g @ mean) ** 2 for g in cells) / float(mean @ mean)
-    assert float(c._window.extra["radial_sq_norms"]) == pytest.approx(want, rel=1e-9)
+    assert float(c._sensor.sums["radial_sq_norms"]) == pytest.approx(want, rel=1e-9)
     c.step()
 
 
@@ -730,7 +730,7 @@ def test_the_functional_loss_of_the_docs_still_runs():
 def test_what_a_device_finds_late_is_refused_with_the_windows_numbers(fault: str, skip: bool):
     """As on a GPU, where nothing is read before the window's end: before the step where that is read, else after it."""
     c = controlled(2, skip_nonfinite=skip)
-    c._sensor.reads_now = False
+    c._accumulator.suspicion.reads_now = False
     before = [p.detach().clone() for p in c.model.parameters()]
     data = batches([3, 3])
 
@@ -780,7 +780,7 @@ def test_parts_along_the_mean_do_not_depend_on_the_reference():
         c.backward(squared(model, x), weight=n)
     mean = sum(n * g for n, g in zip(sizes, cells, strict=True)) / sum(sizes)
     want = sum(n * float(g @ mean) ** 2 for n, g in zip(sizes, cells, strict=True)) / float(mean @ mean)
-    assert float(c._window.extra["radial_sq_norms"]) == pytest.approx(want, rel=1e-9)
+    assert float(c._sensor.sums["radial_sq_norms"]) == pytest.approx(want, rel=1e-9)
 
 
 def test_a_window_that_began_in_another_metric_is_not_in_the_metric():
@@ -795,7 +795,7 @@ def test_a_window_that_began_in_another_metric_is_not_in_the_metric():
             model[0].bias.requires_grad_(True)
         c.backward(squared(model, x), weight=4)
         if c.step_due:
-            assert (c._window.in_metric is None) == (index >= 51 or len(c.history) < 10)
+            assert ("metric_weighted" not in c._sensor.sums) == (index >= 51 or len(c.history) < 10)
             c.step()
     assert c.history.to_pandas()["noise_scale_metric"].iloc[-1] == before
 

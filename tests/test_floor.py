@@ -9,6 +9,7 @@ import pytest
 
 from adaptbatch.estimate.climb import RUNG_WINDOWS, Climb
 from adaptbatch.records import NoiseEstimate
+from adaptbatch.schema import restored, saved
 
 
 def climb_of(sizes: list[float], noise_scale, windows: int = 40, relative_sd: float = 0.0) -> Climb:
@@ -83,4 +84,4 @@ def test_a_lost_signal_at_the_top_is_an_unbounded_rise():
 
 def test_state_comes_back():
     climb = climb_of([64.0, 128.0, 256.0], lambda n: n, relative_sd=0.5)
-    assert Climb.from_state_dict(climb.state_dict()) == climb
+    assert restored(Climb, saved(climb)) == climb

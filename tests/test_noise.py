@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from adaptbatch import estimate
 from adaptbatch.estimate import NoiseTracker
 from adaptbatch.records import Measurement, NoiseEstimate
+from adaptbatch.schema import restored, saved
 from tests import reference
 
 SIZES = {"equal": [16.0] * 4, "partial last": [64.0, 64.0, 64.0, 17.0], "very unequal": [100.0, 10.0, 5.0]}
@@ -378,10 +379,10 @@ class TestTracker:
 
     def test_state_round_trips_and_is_a_value(self):
         tracker = NoiseTracker().update(NoiseEstimate(1.0, 2.0, degrees_of_freedom=3), 64, 1000)
-        assert NoiseTracker.from_state_dict(tracker.state_dict()) == tracker
-        assert all(type(value) is float for value in tracker.state_dict().values())
-        with pytest.raises(TypeError, match="surplus"):
-            NoiseTracker.from_state_dict(tracker.state_dict() | {"surplus": 1.0})
+        assert restored(NoiseTracker, saved(tracker)) == tracker
+        assert all(type(value) is float for value in saved(tracker).values())
+        with pytest.raises(ValueError, match=r"got unknown \['surplus'\] and missing \[\]"):
+            restored(NoiseTracker, saved(tracker) | {"surplus": 1.0})
 
     def test_no_evidence(self):
         pair = NoiseTracker().estimate()

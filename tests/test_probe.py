@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adaptbatch.measure.norms import (
+from adaptbatch.accumulate.gradients import (
     all_gradients_finite,
-    batch_gradient_sq_norm,
     divide_gradients_,
     gradient_norm,
+    gradient_sq_norm,
     sum_of_squares,
 )
 from adaptbatch.measure.probe import GradientProbe
@@ -191,7 +191,7 @@ def test_the_accumulated_gradient_dense_and_sparse():
         model(torch.tensor(tokens)).square().sum().backward()
     parameters = list(model.parameters())
     before = accumulated(model)
-    assert float(batch_gradient_sq_norm(parameters)) == pytest.approx(before, rel=1e-6)
+    assert float(gradient_sq_norm(parameters)) == pytest.approx(before, rel=1e-6)
     divide_gradients_(parameters, 4.0)
     assert accumulated(model) == pytest.approx(before / 16, rel=1e-6)
     assert all_gradients_finite(parameters)
@@ -208,7 +208,7 @@ def test_mixed_types_and_a_model_that_changes_its_type():
 
     probe = attached(model)
     assert heard(probe, loss()) == pytest.approx(accumulated(model), rel=1e-5)
-    assert float(batch_gradient_sq_norm(list(model.parameters()))) == pytest.approx(accumulated(model), rel=1e-5)
+    assert float(gradient_sq_norm(list(model.parameters()))) == pytest.approx(accumulated(model), rel=1e-5)
     model.zero_grad()
     model.double()
     probe.attach(model, torch.optim.SGD(model.parameters()))

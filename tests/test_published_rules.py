@@ -41,14 +41,14 @@ def draw(rng: np.random.Generator, cells: int, noise_scale: float, dimension: in
 
 def targets(rule: Rule, cells: int, noise_scale: float, windows: int) -> np.ndarray:
     """What ``rule`` wants after each of so many windows of one size."""
-    rng, at = np.random.default_rng(1), Progress(accumulation_steps=cells, cell_examples=CELL)
+    rng, at = np.random.default_rng(1), Progress(accumulation_steps=cells, micro_batch_examples=CELL)
     drawn = (draw(rng, cells, noise_scale) for _ in range(windows))
     return np.array([decide(rule, Evidence(window=window), at, WIDE).target_batch for window in drawn])
 
 
 def path(rule: Rule, noise_scale: float, windows: int) -> np.ndarray:
     """The sizes a rule takes from two steps on at a constant noise scale."""
-    rng, at, sizes = np.random.default_rng(2), Progress(accumulation_steps=2, cell_examples=CELL), []
+    rng, at, sizes = np.random.default_rng(2), Progress(accumulation_steps=2, micro_batch_examples=CELL), []
     for _ in range(windows):
         window = draw(rng, at.accumulation_steps, noise_scale)
         decision = decide(rule, Evidence(window=window), at, Limits(max_steps=1000))
@@ -118,19 +118,19 @@ class TestNormTest:
             n = sum(weight for weight, _ in cells)
             mean = sum(weight * gradient for weight, gradient in cells) / n
             wanted = trace / (0.25 * float(mean @ mean))
-            at = Progress(accumulation_steps=6, cell_examples=n / 6)
+            at = Progress(accumulation_steps=6, micro_batch_examples=n / 6)
             decision = decide(NormTest(0.5), Evidence(window=reference.measurement(cells)), at, WIDE)
             assert decision.target_batch == pytest.approx(wanted)
             assert (decision.reason == "grow") == (trace / n > 0.25 * float(mean @ mean))
 
     def test_a_known_population_needs_less(self):
         window = Measurement(2528.0, 4.0, 120.0, 3)
-        at = Progress(accumulation_steps=3, cell_examples=40, population=1024.0)
+        at = Progress(accumulation_steps=3, micro_batch_examples=40, population=1024.0)
         assert decide(NormTest(0.5), Evidence(window=window), at, WIDE) == Decision(13, 512.0, "grow")
 
     def test_debiased_it_says_when_the_signal_is_lost(self):
         lost = Measurement(weighted_sq_norms=2560.0, batch_sq_norm=1.0, global_batch=256.0, cells=4)
-        at = Progress(accumulation_steps=4, cell_examples=64)
+        at = Progress(accumulation_steps=4, micro_batch_examples=64)
         found = decide(NormTest(1.0, debiased=True), Evidence(window=lost), at, Limits())
         assert found == Decision(8, math.inf, "signal_lost")
         assert decide(NormTest(1.0), Evidence(window=lost), at, Limits()).reason == "growth_limited"
@@ -152,7 +152,7 @@ class TestInnerProductTest:
         wanted = max(inside / (theta**2 * length**2), 0.0 if nu is None else across / (nu**2 * length))
         radial = sum(w * p**2 for (w, _), p in zip(cells, products, strict=True)) / length
         window = replace(reference.measurement(cells), radial_sq_norms=radial)
-        at = Progress(accumulation_steps=6, cell_examples=n / 6)
+        at = Progress(accumulation_steps=6, micro_batch_examples=n / 6)
         decision = decide(InnerProductTest(theta, nu), Evidence(window=window), at, WIDE)
         assert decision.target_batch == pytest.approx(wanted)
         assert decision.accumulation_steps == max(6, math.ceil(wanted / (n / 6)))
@@ -163,13 +163,13 @@ class TestInnerProductTest:
     def test_either_test_can_ask_for_more(self, theta, nu, wanted):
         """``K = 5``, ``n = 100``, ``|g|^2 = 1``: radial variance 4, orthogonal one 400."""
         window = Measurement(100 + 16 + 1600, 1.0, 100.0, 5, radial_sq_norms=116.0)
-        at = Progress(accumulation_steps=5, cell_examples=20)
+        at = Progress(accumulation_steps=5, micro_batch_examples=20)
         found = decide(InnerProductTest(theta, nu), Evidence(window=window), at, WIDE)
         assert found.target_batch == pytest.approx(wanted)
 
     def test_never_shrinks_and_needs_the_inner_products(self):
         quiet = Measurement(100.0 + 4.0, 1.0, 100.0, 5, radial_sq_norms=100.0 + 2.0)
-        at = Progress(accumulation_steps=5, cell_examples=20)
+        at = Progress(accumulation_steps=5, micro_batch_examples=20)
         assert decide(InnerProductTest(), Evidence(window=quiet), at, WIDE).reason == "hold"
         without = replace(quiet, radial_sq_norms=math.nan)
         assert decide(InnerProductTest(), Evidence(window=without), at, WIDE).reason == "undecided"
@@ -182,7 +182,7 @@ class TestInnerProductTest:
         mean = gradients.mean(axis=0)
         window = reference.measurement([(4.0, g) for g in gradients])
         window = replace(window, radial_sq_norms=4.0 * float(((gradients @ mean) ** 2).sum() / (mean @ mean)))
-        at = Progress(accumulation_steps=cells, cell_examples=4)
+        at = Progress(accumulation_steps=cells, micro_batch_examples=4)
         norm, inner = (decide(r, Evidence(window=window), at, WIDE) for r in (NormTest(0.9), InnerProductTest(0.9)))
         assert norm.target_batch / inner.target_batch == pytest.approx((5.84 / 0.9) ** 2, rel=0.05)
 
@@ -219,12 +219,12 @@ class TestCosineSimilarity:
     def test_moves_by_a_tenth_and_at_least_one_step(self, k, trace, expected):
         n = 8.0 * k
         window = Measurement((k - 1) * trace + n, 1.0, n, k)
-        at = Progress(accumulation_steps=k, cell_examples=8)
+        at = Progress(accumulation_steps=k, micro_batch_examples=8)
         assert decide(CosineSimilarity(), Evidence(window=window), at, Limits()).accumulation_steps == expected
 
     def test_a_move_of_one_step_is_one_step(self):
         """``3 * 0.1 / 0.1`` is above 3 in floating point."""
-        window, at = Measurement(100.0, 1.0, 0.2, 2), Progress(accumulation_steps=2, cell_examples=0.1)
+        window, at = Measurement(100.0, 1.0, 0.2, 2), Progress(accumulation_steps=2, micro_batch_examples=0.1)
         assert decide(CosineSimilarity(), Evidence(window=window), at, Limits()).accumulation_steps == 3
 
     def test_hovers_about_its_target_and_never_rests(self):
@@ -238,14 +238,14 @@ class TestNoiseScale:
     @given(st.floats(1.0, 1e4), st.floats(1e-3, 1e3))
     def test_is_the_target_of_the_clt_rule_at_theta_1(self, scale, length):
         pair = NoiseEstimate(length, scale * length, 0.0, 0.0, 0.0, 99.0, 30.0)
-        at = Progress(accumulation_steps=4, cell_examples=64)
+        at = Progress(accumulation_steps=4, micro_batch_examples=64)
         both = Evidence(pooled=pair, typical=pair)
         found = decide(NoiseScale(), both, at, Limits())
         assert found.target_batch == decide(RelativeStandardError(1.0), both, at, Limits()).target_batch
         assert found.accumulation_steps == min(max(math.ceil(scale / 64 - 1e-9), 3), 8)
 
     def test_grows_while_the_signal_is_lost(self):
-        lost, at = Evidence(pooled=NoiseEstimate(-0.1, 5.0)), Progress(accumulation_steps=4, cell_examples=64)
+        lost, at = Evidence(pooled=NoiseEstimate(-0.1, 5.0)), Progress(accumulation_steps=4, micro_batch_examples=64)
         assert decide(NoiseScale(), lost, at, Limits()) == Decision(8, math.inf, "signal_lost")
         assert decide(NoiseScale(), lost, at, Limits(max_steps=6)) == Decision(6, math.inf, "at_max")
         finite = replace(at, population=5000.0)
@@ -256,7 +256,7 @@ class TestPareto:
     @given(st.floats(10.0, 1e5), st.floats(10.0, 1e4))
     def test_is_the_cheapest_batch(self, scale, price):
         """No batch a little smaller or larger has a lower ``(price + n) (1 + B / n)``."""
-        at = Progress(accumulation_steps=4, cell_examples=64)
+        at = Progress(accumulation_steps=4, micro_batch_examples=64)
         found = decide(Pareto(price), Evidence(pooled=NoiseEstimate(1.0, scale)), at, WIDE).target_batch
         n = found * np.array([1.0, 0.5, 0.99, 1.01, 2.0])
         cost = (price + n) * (1.0 + scale / n)
@@ -267,7 +267,7 @@ class TestPareto:
 class TestGoodput:
     @given(st.floats(0.0, 1e5), st.floats(1.0, 2e3), st.floats(1e-3, 10.0), st.floats(1e-5, 1e-1), st.integers(2, 60))
     def test_is_the_best_size_there_is(self, scale, initial, c0, c1, k):
-        at = Progress(accumulation_steps=k, cell_examples=32.0)
+        at = Progress(accumulation_steps=k, micro_batch_examples=32.0)
         limits = Limits(min_steps=2, max_steps=60, max_growth=99.0, max_shrink=0.001)
         rule = Goodput(initial, improvement=1.0)
         evidence = Evidence(pooled=NoiseEstimate(1.0, scale), step_seconds=c0, example_seconds=c1)
@@ -282,7 +282,7 @@ class TestGoodput:
 
     def test_without_a_smallest_batch_it_is_the_pareto_optimum_in_seconds(self):
         """Steps of one example: ``sqrt(B c0 / c1)``, the rule Pareto at the price ``c0 / c1``."""
-        at = Progress(accumulation_steps=10, cell_examples=1.0)
+        at = Progress(accumulation_steps=10, micro_batch_examples=1.0)
         for scale, c0, c1 in ((400.0, 0.9, 0.001), (50.0, 0.2, 0.0005), (3000.0, 0.01, 0.001)):
             rule = Goodput(1e-9, step_seconds=c0, example_seconds=c1, improvement=1.0)
             evidence, limits = Evidence(pooled=NoiseEstimate(1.0, scale)), replace(WIDE, max_steps=2000)
@@ -292,7 +292,10 @@ class TestGoodput:
             assert abs(found - wanted) <= 1.0
 
     def test_stays_unless_the_best_is_enough_better(self):
-        at, evidence = Progress(accumulation_steps=10, cell_examples=32.0), Evidence(pooled=NoiseEstimate(1.0, 640.0))
+        at, evidence = (
+            Progress(accumulation_steps=10, micro_batch_examples=32.0),
+            Evidence(pooled=NoiseEstimate(1.0, 640.0)),
+        )
         c0, c1 = 0.64, 0.001
         ratio = _goodput(640.0, 640.0, c0, c1) / _goodput(320.0, 640.0, c0, c1)
         assert ratio == pytest.approx(1.125)
@@ -302,17 +305,20 @@ class TestGoodput:
         assert decide(replace(rule, improvement=1.13), evidence, at, limits) == Decision(10, 320.0, "hold")
 
     def test_goes_up_to_the_initial_batch_whatever_it_promises(self):
-        at, evidence = Progress(accumulation_steps=4, cell_examples=32.0), Evidence(pooled=NoiseEstimate(1.0, 0.0))
+        at, evidence = (
+            Progress(accumulation_steps=4, micro_batch_examples=32.0),
+            Evidence(pooled=NoiseEstimate(1.0, 0.0)),
+        )
         rule = Goodput(250.0, step_seconds=0.001, example_seconds=0.1, improvement=10.0)
         assert decide(rule, evidence, at, Limits()) == Decision(8, 256.0, "grow")
 
     def test_a_lost_signal_asks_for_throughput_alone(self):
-        at, lost = Progress(accumulation_steps=4, cell_examples=32.0), Evidence(pooled=NoiseEstimate(-1.0, 9.0))
+        at, lost = Progress(accumulation_steps=4, micro_batch_examples=32.0), Evidence(pooled=NoiseEstimate(-1.0, 9.0))
         rule = Goodput(32.0, step_seconds=1.0, example_seconds=0.001)
         assert decide(rule, lost, at, Limits()) == Decision(8, 2048.0, "signal_lost")
 
     def test_given_seconds_overrule_measured_ones(self):
-        at = Progress(accumulation_steps=4, cell_examples=32.0)
+        at = Progress(accumulation_steps=4, micro_batch_examples=32.0)
         slow = Evidence(pooled=NoiseEstimate(1.0, 640.0), step_seconds=5.0, example_seconds=0.001)
         assert decide(Goodput(32.0), slow, at, WIDE).accumulation_steps > 20
         given_times = Goodput(32.0, step_seconds=0.0001, example_seconds=0.001)
@@ -328,7 +334,7 @@ class TestCABS:
         """``lr sum_j Var_i(g_ij) / loss``, from the gradients of every example."""
         gradients = np.random.default_rng(4).standard_normal((50, 3)) * [1.0, 2.0, 3.0]
         pair = estimate.estimate_window(reference.measurement([(1.0, g) for g in gradients]))
-        at = Progress(accumulation_steps=4, cell_examples=1.0)
+        at = Progress(accumulation_steps=4, micro_batch_examples=1.0)
         evidence = Evidence(pooled=pair, lr=0.3, loss=0.75)
         variances = gradients.var(axis=0, ddof=1).sum()
         assert decide(CABS(), evidence, at, WIDE).target_batch == pytest.approx(0.3 * variances / 0.75)
@@ -338,21 +344,21 @@ class TestCABS:
     @given(st.floats(0.1, 10.0), st.floats(0.1, 10.0), st.floats(1.0, 1e4))
     def test_has_the_largest_guaranteed_gain_for_each_example(self, curvature, x, trace):
         """In a quadratic valley at the rate ``1 / curvature``: the loss falls by ``lr/2 (|G|^2 - tr(Sigma) / n)``."""
-        at, squared = Progress(accumulation_steps=4, cell_examples=1.0), (curvature * x) ** 2
+        at, squared = Progress(accumulation_steps=4, micro_batch_examples=1.0), (curvature * x) ** 2
         evidence = Evidence(pooled=NoiseEstimate(squared, trace), lr=1.0 / curvature, loss=0.5 * curvature * x**2)
         found = decide(CABS(), evidence, at, WIDE).target_batch
         n = found * np.array([1.0, 0.5, 0.9, 1.1, 2.0])
         assert ((squared - trace / n) / n).argmax() == 0
 
     def test_a_loss_at_its_floor_is_undecided(self):
-        at = Progress(accumulation_steps=4, cell_examples=64)
+        at = Progress(accumulation_steps=4, micro_batch_examples=64)
         for loss in (0.5, 0.4, math.nan):
             evidence = Evidence(pooled=NoiseEstimate(1.0, 100.0), lr=0.1, loss=loss)
             assert decide(CABS(loss_floor=0.5), evidence, at, Limits()).reason == "undecided"
 
 
 class TestDiveBatch:
-    at = Progress(accumulation_steps=4, cell_examples=64, examples_seen=50_000)
+    at = Progress(accumulation_steps=4, micro_batch_examples=64, examples_seen=50_000)
     ended = Evidence(pooled=NoiseEstimate(1.0, 799.0), window=Measurement(1.0, 1.0, 256.0, 4))
 
     def test_is_the_diversity_of_every_examples_gradient(self):
@@ -361,7 +367,7 @@ class TestDiveBatch:
         trace, length = reference.exact_moments(gradients)
         diversity = (gradients**2).sum() / (gradients.sum(axis=0) ** 2).sum()
         evidence = replace(self.ended, pooled=NoiseEstimate(length, trace))
-        at = Progress(accumulation_steps=4, cell_examples=0.1, examples_seen=300, population=300)
+        at = Progress(accumulation_steps=4, micro_batch_examples=0.1, examples_seen=300, population=300)
         decision = decide(DiveBatch(0.7, epoch_examples=300), evidence, at, WIDE)
         assert decision.target_batch == pytest.approx(0.7 * 300 * diversity, rel=1e-12)
 
@@ -399,7 +405,7 @@ class TestMegatronRamp:
         """``--rampup-batch-size 32 32 1000`` up to 160 with micro-batches of 32: a size for each 250 examples."""
         ramp = Ramp(1, 5, 1000, shape="increments", increment=1)
         table = {0: 32, 249: 32, 250: 64, 499: 64, 500: 96, 749: 96, 750: 128, 999: 128, 1000: 160, 10**6: 160}
-        at = Progress(cell_examples=32)
+        at = Progress(micro_batch_examples=32)
         found = {n: decide(ramp, Evidence(), replace(at, examples_seen=n), Limits()).target_batch for n in table}
         assert found == table
 
@@ -432,7 +438,7 @@ class TestSeesaw:
         )
 
     def test_doubles_the_batch_at_each_milestone(self):
-        rule, at = Seesaw(3, (1000, 3000)), Progress(cell_examples=64)
+        rule, at = Seesaw(3, (1000, 3000)), Progress(micro_batch_examples=64)
         found = [
             decide(rule, Evidence(), replace(at, examples_seen=n), Limits()).accumulation_steps
             for n in (0, 999, 1000, 2999, 3000, 10**9)

@@ -211,7 +211,7 @@ class TestDistributedCheckpoint:
                     controller.step()
 
         stop = 0
-        while stop < 100 or first._window.cells:
+        while stop < 100 or first._window.micro_batches:
             go_on(first, data[stop : stop + 1])
             stop += 1
         done = len(first.history)

@@ -124,7 +124,7 @@ progress = st.builds(
     window=st.integers(0, 1000),
     examples_seen=st.floats(0, 1e6),
     accumulation_steps=st.integers(1, 200),
-    cell_examples=st.floats(1, 512),
+    micro_batch_examples=st.floats(1, 512),
     world_size=st.integers(1, 4),
     examples_since_change=st.floats(0, math.inf),
     population=st.floats(1e3, math.inf),
@@ -198,7 +198,7 @@ class TestEveryRule:
 
     @every_rule
     def test_begins_without_evidence(self, rule):
-        for at in (Progress(accumulation_steps=2), Progress(accumulation_steps=2, cell_examples=64)):
+        for at in (Progress(accumulation_steps=2), Progress(accumulation_steps=2, micro_batch_examples=64)):
             first = decide(rule, Evidence(), at, Limits())
             assert 1 <= first.accumulation_steps <= 64
             if rule.closed_loop:
@@ -209,13 +209,13 @@ class TestEveryRule:
     @every_rule
     def test_keeps_its_size_after_a_window_without_a_degree_of_freedom(self, rule):
         alone = Evidence(window=Measurement(256.0, 4.0, 64.0, cells=1, radial_sq_norms=256.0), loss=1.0, lr=0.1)
-        decision = decide(rule, alone, Progress(window=1, accumulation_steps=3, cell_examples=64), Limits())
+        decision = decide(rule, alone, Progress(window=1, accumulation_steps=3, micro_batch_examples=64), Limits())
         if rule.closed_loop:
             assert (decision.accumulation_steps, decision.reason) == (3, "undecided")
 
     @every_rule
     def test_says_nonfinite(self, rule):
-        after = Progress(accumulation_steps=4, cell_examples=64, finite=False)
+        after = Progress(accumulation_steps=4, micro_batch_examples=64, finite=False)
         decision = decide(rule, known(NoiseEstimate(1.0, 1e6, 0.0, 0.0, 0.0, 9.0, 90.0)), after, Limits())
         assert decision.reason == "nonfinite"
         if rule.closed_loop:
@@ -252,7 +252,7 @@ def test_a_growth_is_at_least_one_step():
 
 class TestCLTRule:
     sure = NoiseEstimate(1.0, 1024.0, 1e-4, 1.0, 0.0, degrees_of_freedom=100, effective_windows=30)
-    at = Progress(accumulation_steps=4, cell_examples=64, window=100, examples_seen=1e6)
+    at = Progress(accumulation_steps=4, micro_batch_examples=64, window=100, examples_seen=1e6)
 
     def decide(self, target: float, k: int = 4, limits: Limits | None = None, **changes) -> Decision:
         """A decision where the evidence is sure and wants ``target`` examples."""
@@ -345,7 +345,7 @@ class TestCLTRule:
         rule, limits, tracker = RelativeStandardError(), Limits(), NoiseTracker()
         mean, spread = np.zeros(dimension), np.full(dimension, math.sqrt(truth / dimension))
         mean[0] = 1.0
-        at, changed, path = Progress(accumulation_steps=2, cell_examples=cell), -math.inf, []
+        at, changed, path = Progress(accumulation_steps=2, micro_batch_examples=cell), -math.inf, []
         for _ in range(4000):
             k = at.accumulation_steps
             cells = mean + spread * rng.standard_normal((k, dimension)) / math.sqrt(cell)
@@ -370,7 +370,7 @@ class TestChannels:
 
     quiet = NoiseEstimate(1.0, 130.0, 1e-4, 1.0, 0.0, degrees_of_freedom=100, effective_windows=30)
     noisy = replace(quiet, noise_trace=5000.0)
-    at = Progress(accumulation_steps=4, cell_examples=64, window=100, examples_seen=1e6)
+    at = Progress(accumulation_steps=4, micro_batch_examples=64, window=100, examples_seen=1e6)
 
     def test_the_typical_channel_decides_unless_it_is_told_otherwise(self):
         told = Evidence(pooled=self.noisy, typical=self.quiet)
@@ -419,7 +419,7 @@ class TestChannels:
     def test_the_size_held_is_a_batch_not_a_number_of_steps(self):
         """Twice the batch, when micro-batches have become half as large, is four times the steps."""
         tail = Tail(1.0, 0.5, episode_batch=256.0, episode_examples=500.0)
-        at = replace(self.at, cell_examples=32)
+        at = replace(self.at, micro_batch_examples=32)
         assert (
             decide(RelativeStandardError(), known(self.quiet, tail=tail), at, Limits(), Guard()).accumulation_steps
             == 16
@@ -467,7 +467,7 @@ class TestChannels:
 
 
 class TestGuard:
-    at = Progress(accumulation_steps=4, cell_examples=64)
+    at = Progress(accumulation_steps=4, micro_batch_examples=64)
     saw = Evidence(tail=Tail(1.0, 0.9, episode_batch=256.0, episode_examples=500.0))
 
     def test_is_a_value(self):
@@ -530,7 +530,7 @@ class TestOpenLoop:
     def steps(
         self, rule: ab.rules.Rule, *, window: int = 0, seen: float = 0.0, k: int = 1, limits: Limits | None = None
     ):
-        at = Progress(window=window, examples_seen=seen, accumulation_steps=k, cell_examples=64)
+        at = Progress(window=window, examples_seen=seen, accumulation_steps=k, micro_batch_examples=64)
         return decide(rule, Evidence(), at, limits or Limits())
 
     def test_fixed(self):

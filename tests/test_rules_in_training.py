@@ -46,7 +46,7 @@ def test_the_time_model_is_measured():
         model, torch.optim.SGD(model.parameters(), lr=1e-3), rule=ab.rules.Goodput(initial_batch=8.0)
     )
     run(controller, batches([4] * 100))
-    evidence = controller._loop.evidence()
+    evidence = controller._state.evidence()
     assert evidence.step_seconds > 0.0
     assert evidence.example_seconds > 0.0
     # Means of parts of the time that has passed.

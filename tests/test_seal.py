@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from adaptbatch.measure.seal import EVERY, FIRST, HANDFUL, PARTS, SELDOM, GradientSeal, checks_all
+from adaptbatch.accumulate.seal import EVERY, FIRST, HANDFUL, PARTS, SELDOM, GradientSeal, checks_all
 
 
 def gradients(count: int) -> list[Parameter]:

@@ -53,7 +53,7 @@ class TestMetric:
             for x in window:
                 controller.backward(squared(model, x), weight=len(x))
             controller.step()
-            heard = controller._loop.window
+            heard = controller._state.window
             if scales is None:
                 assert math.isnan(controller.history.to_pandas()["noise_scale_metric"].iloc[-1])
                 continue
@@ -97,7 +97,7 @@ class TestMetric:
         assert row["noise_scale"] == pytest.approx(100.25, rel=0.4)
         expected = 0.25 + 100 / (100 / 32) ** 0.5
         assert row["noise_scale_metric"] == pytest.approx(expected, rel=0.3)
-        assert controller._loop.evidence().pooled == controller._loop.metric.estimate()
+        assert controller._state.evidence().pooled == controller._state.metric.estimate()
 
     def test_where_the_optimizer_counts_on_a_device_the_controllers_count_serves(self, monkeypatch):
         """What a GPU does: the same scales, without a read."""
@@ -214,7 +214,7 @@ def test_radial_parts_are_measured_where_a_rule_asks():
         mean = sum(w * g for w, g in cells) / n
         expected = sum(w * (g @ mean) ** 2 for w, g in cells) / (mean @ mean)
         run(controller, window)
-        assert controller._loop.window.radial_sq_norms == pytest.approx(expected, rel=1e-9)
+        assert controller._state.window.radial_sq_norms == pytest.approx(expected, rel=1e-9)
 
 
 def test_radial_parts_are_euclidean():
@@ -264,7 +264,7 @@ class TestPhase:
                 target = torch.randn(4, 20, generator=generator, dtype=torch.float64)
                 controller.backward(0.5 * (theta - target).square().sum(dim=-1).mean(), weight=4)
             controller.step()
-        assert sign * controller._loop.evidence().response.phase > 5.0
+        assert sign * controller._state.evidence().response.phase > 5.0
 
 
 class TestGuard:

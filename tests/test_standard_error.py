@@ -14,7 +14,7 @@ from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence, NoiseEstimate, Progress
 from adaptbatch.rules import AnyOf, NoiseScale, decide
 
-AT = Progress(accumulation_steps=4, cell_examples=64, examples_since_change=1e6)
+AT = Progress(accumulation_steps=4, micro_batch_examples=64, examples_since_change=1e6)
 WIDE = ab.Limits(min_steps=2, max_steps=10_000, max_growth=1e6, max_shrink=1e-6)
 
 

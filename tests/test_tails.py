@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from adaptbatch import estimate
 from adaptbatch.estimate.typical import BOUND, EXCEEDANCE, HOLD_MEMORIES, LEVEL_LEAST, LEVEL_WINDOWS, TypicalTracker
 from adaptbatch.records import Measurement, NoiseEstimate
+from adaptbatch.schema import restored, saved
 
 MEMORY = 20_000.0
 
@@ -153,4 +154,4 @@ class TestTailChannel:
 
     def test_state_comes_back(self):
         tracker = track(windows([1.0] * 50 + [10 * EXCEEDANCE, 1.0]))
-        assert TypicalTracker.from_state_dict(tracker.state_dict()) == tracker
+        assert restored(TypicalTracker, saved(tracker)) == tracker

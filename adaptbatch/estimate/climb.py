@@ -9,11 +9,12 @@ turns negative there and costs a copy of the gradient.
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Annotated
 
 from adaptbatch.estimate.moments import noise_scale
 from adaptbatch.records import NoiseEstimate
+from adaptbatch.schema import ROW, Finite, Positive
 
 # A size of the climb counts once it has this many windows, and the climb once the sizes span this factor.
 RUNG_WINDOWS = 8
@@ -28,13 +29,13 @@ RECENT_WINDOWS = 32.0
 class Rung:
     """The windows of one number of accumulation steps: means of their moments, and running means of the last 32."""
 
-    steps: float
-    batch: float
-    windows: float
-    noise_trace: float
-    grad_sq_norm: float
-    recent_trace: float
-    recent_signal: float
+    steps: Positive
+    batch: Positive
+    windows: Positive
+    noise_trace: Finite
+    grad_sq_norm: Finite
+    recent_trace: Finite
+    recent_signal: Finite
 
     def noise_scales(self) -> tuple[float, float]:
         """``B`` at this size, of all its windows and of the last; infinite where the signal is lost."""
@@ -79,7 +80,7 @@ class Climb:
         (1.0, 6.0)
     """
 
-    rungs: tuple[Rung, ...] = ()
+    rungs: tuple[Annotated[Rung, ROW], ...] = ()
 
     def update(self, pair: NoiseEstimate, steps: float, batch: float) -> Climb:
         """One finite, full window later; fewer ``steps`` than before begin another climb.
@@ -115,15 +116,6 @@ class Climb:
 
     def _known(self) -> list[Rung]:
         return [rung for rung in self.rungs if rung.windows >= RUNG_WINDOWS]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain floats and lists, for a checkpoint."""
-        return {"rungs": [list(astuple(rung)) for rung in self.rungs]}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The climb whose :meth:`state_dict` this is."""
-        return cls(rungs=tuple(Rung(*(float(value) for value in rung)) for rung in state["rungs"]))
 
 
 def _log_ratio(first: float, last: float) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Self
+from dataclasses import dataclass
 
 from adaptbatch.records import Measurement
+from adaptbatch.schema import Finite, Sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class ShardTracker:
         11.64
     """
 
-    between: float = 0.0
-    between_df: float = 0.0
-    within: float = 0.0
-    within_df: float = 0.0
+    between: Finite = 0.0
+    between_df: Sum = 0.0
+    within: Finite = 0.0
+    within_df: Sum = 0.0
 
     def update(self, window: Measurement, ranks: int) -> ShardTracker:
         """The tracker with one window more; one without ``rank_sq_norms`` tells nothing."""
@@ -56,12 +56,3 @@ class ShardTracker:
 
         ratio = self.ratio()
         return ratio if math.isnan(ratio) else float(fdtrc(self.between_df, self.within_df, max(ratio, 0.0)))
-
-    def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
-        return asdict(self)
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, float]) -> Self:
-        """The tracker whose :meth:`state_dict` this is."""
-        return cls(**state)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from adaptbatch.records import NoiseEstimate
+from adaptbatch.schema import Finite, Number, Square, Sum, refuse
 
 # Above this the AR(1) inflation of a variance says only "the windows are one window".
 MAX_AUTOCORRELATION = 0.95
@@ -16,17 +18,17 @@ AUTOCORRELATION_Z = 1.28
 FORGOTTEN = 1e-200
 
 
-def memory_examples(memory: float | None, cell_examples: float, batch: float) -> float:
+def memory_examples(memory: float | None, micro_batch_examples: float, batch: float) -> float:
     """Half-life of the evidence [examples]: ``memory``, or by default ``max(500 b, 10 n)``.
 
     At least 10 windows keep the effective number of windows near 29 however large the batch grows. The floor of five
     hundred micro-batches is half of what AdaScale and Pollux take: a noise scale that jumps is followed in time.
 
     Example:
-        >>> memory_examples(None, cell_examples=64, batch=128), memory_examples(5000.0, cell_examples=64, batch=128)
+        >>> memory_examples(None, 64.0, batch=128.0), memory_examples(5000.0, 64.0, batch=128.0)
         (32000.0, 5000.0)
     """
-    return max(500.0 * cell_examples, 10.0 * batch) if memory is None else memory
+    return max(500.0 * micro_batch_examples, 10.0 * batch) if memory is None else memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +52,19 @@ class NoiseTracker:
         (100.0, 3.0, 9.0)
     """
 
-    weight: float = 0.0
-    weight_sq: float = 0.0
-    trace_mean: float = 0.0
-    signal_mean: float = 0.0
+    weight: Sum = 0.0
+    weight_sq: Sum = 0.0
+    trace_mean: Finite = 0.0
+    signal_mean: Finite = 0.0
     # Weighted sums of products of deviations: of a window with itself, and with the window before.
-    trace_trace: float = 0.0
-    trace_signal: float = 0.0
-    signal_signal: float = 0.0
-    lag_trace_trace: float = 0.0
-    lag_trace_signal: float = 0.0
-    lag_signal_signal: float = 0.0
-    last_trace: float = math.nan
-    last_signal: float = math.nan
+    trace_trace: Square = 0.0
+    trace_signal: Number = 0.0
+    signal_signal: Square = 0.0
+    lag_trace_trace: Number = 0.0
+    lag_trace_signal: Number = 0.0
+    lag_signal_signal: Number = 0.0
+    last_trace: Number = math.nan
+    last_signal: Number = math.nan
 
     def update(self, window: NoiseEstimate, batch: float, memory: float) -> NoiseTracker:
         """The tracker one window later; everything before it decays by ``2^(-batch / memory)``.
@@ -164,11 +166,8 @@ class NoiseTracker:
             lag_signal_signal=decay * self.lag_signal_signal,
         )
 
-    def state_dict(self) -> dict[str, float]:
-        """Its twelve floats by name."""
-        return asdict(self)
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The tracker whose :meth:`state_dict` this is; unknown or missing names raise ``TypeError``."""
-        return cls(**{name: float(value) for name, value in state.items()})
+    @staticmethod
+    def require_whole(name: str, saved: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless both weights are there, or none."""
+        if (saved["weight"] > 0.0) != (saved["weight_sq"] > 0.0):
+            refuse(f"{name}['weight_sq']", f"be above 0 where {name}['weight'] is", saved["weight_sq"])

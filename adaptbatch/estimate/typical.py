@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
 
 from adaptbatch.estimate.tracker import NoiseTracker
 from adaptbatch.records import Measurement, NoiseEstimate, Tail
+from adaptbatch.schema import Extent, PositiveOrNan, Square, Sum
 
 # Windows whose median is the level; fewer than LEVEL_LEAST of them are none.
 LEVEL_WINDOWS = 64
@@ -54,12 +54,12 @@ class TypicalTracker:
     """
 
     pooled: NoiseTracker = field(default_factory=NoiseTracker)
-    recent: tuple[float, ...] = ()
-    trace_sum: float = 0.0
-    cut_sum: float = 0.0
-    excess: float = math.nan
-    episode_batch: float = math.nan
-    episode_examples: float = math.inf
+    recent: tuple[Sum, ...] = ()
+    trace_sum: Square = 0.0
+    cut_sum: Square = 0.0
+    excess: Square = math.nan
+    episode_batch: PositiveOrNan = math.nan
+    episode_examples: Extent = math.inf
 
     @property
     def level(self) -> float:
@@ -121,14 +121,3 @@ class TypicalTracker:
             trace_sum=decay * self.trace_sum + sums,
             cut_sum=decay * self.cut_sum + cut * sums,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain floats and lists, for a checkpoint."""
-        return asdict(self) | {"recent": list(self.recent)}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The tracker whose :meth:`state_dict` this is."""
-        values = {name: float(value) for name, value in state.items() if name not in ("pooled", "recent")}
-        recent = tuple(float(value) for value in state["recent"])
-        return cls(pooled=NoiseTracker.from_state_dict(state["pooled"]), recent=recent, **values)

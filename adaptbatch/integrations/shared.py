@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from adaptbatch.measure.examples import first_dimension
 
 
 def refuse(name: str, problems: Iterable[tuple[bool, str]]) -> None:
@@ -34,20 +34,10 @@ def examples_of(batch: Any) -> int:
         >>> examples_of({"name": "a", "pair": (torch.zeros(()), torch.zeros(3, 2))})
         3
     """
-    size = _size(batch)
+    size = first_dimension(batch)
     if size is None:
         raise ValueError(
             f"weight must be given for a batch without a tensor that has a dimension, got {type(batch).__name__}; a "
             f"function of the batch: weight=lambda batch: ..."
         )
     return size
-
-
-def _size(batch: Any) -> int | None:
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    elif not isinstance(batch, (list, tuple)):
-        return None
-    return next((size for size in map(_size, batch) if size is not None), None)

@@ -287,7 +287,7 @@ class AdaptiveAccumulationState(TrainerCallback, ExportableState):
         if trainer is not None and trainer.controller is not None and trainer._taken:
             controller = trainer.controller.state_dict()
             # Gradients are no JSON; of a window that is over only ``phase`` would use them.
-            controller["sensor"] = dict.fromkeys(controller["sensor"])
+            controller["sensor"] = dict.fromkeys(controller["sensor"]) | {"cells": 0}
             saved = {"taken": trainer._taken, "controller": controller}
         return {"args": {}, "attributes": {"saved": saved}}
 

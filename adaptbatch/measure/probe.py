@@ -18,8 +18,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from adaptbatch.accumulate.gradients import norm_dtype, sum_of_squares
 from adaptbatch.accumulate.ranks import is_sharded
-from adaptbatch.measure.norms import NormBuffer, norm_dtype, scaled, sum_of_squares
+from adaptbatch.measure.norms import NormBuffer, scaled
 
 # Gradients of at most this many elements wait for the end of the backward pass and are measured in one go: one by one,
 # each would cost as much as a large one. Together they are a sliver of the model.
@@ -34,6 +35,7 @@ class GradientProbe:
     Attributes:
         parameters: Those that are hooked.
         elsewhere: Set where a gradient was computed in a pass that is not listened to.
+        on_gradient: Called before each gradient, listened to or not; None: nobody is.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -49,6 +51,7 @@ class GradientProbe:
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []
         self.elsewhere = False
+        self.on_gradient: Callable[[], None] | None = None
         self._in_model: set[int] = set()
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
@@ -172,6 +175,8 @@ class GradientProbe:
         heard = self._heard.append
 
         def hear(grad: Tensor) -> None:
+            if self.on_gradient is not None:
+                self.on_gradient()
             # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
             self.elsewhere |= not self._open
             if self._open:
@@ -200,21 +205,29 @@ class GradientProbe:
 
     @contextmanager
     def listening(self, sums: bool = False, synchronises: bool = False) -> Iterator[None]:
-        """Listen to one backward pass; forget what an earlier one left behind.
+        """Listen to one backward pass; arguments are those of :meth:`begin`."""
+        self.begin(sums, synchronises)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def begin(self, sums: bool = False, synchronises: bool = False) -> None:
+        """Listen from now on; forget what an earlier pass left behind.
 
         Args:
+            sums: Measure the accumulated gradient too, as this rank has it before it is synchronised.
             synchronises: Whether the pass averages gradients over ranks, in place.
-            sums: Hear the accumulated gradient too, as this rank has it before it is synchronised.
         """
         self._heard.clear()
         buffers = self._buffers + ([] if self._scales is None else self._metric_buffers) + (self._sum_buffers * sums)
         for buffer in buffers:
             buffer.clear(copies=synchronises)
         self._open, self._sums = True, sums
-        try:
-            yield
-        finally:
-            self._open = False
+
+    def end(self) -> None:
+        """Listen no longer."""
+        self._open = False
 
     @property
     def silent(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from adaptbatch.estimate import inverse_size
 from adaptbatch.records import NoiseEstimate
+from adaptbatch.schema import Positive, PositiveOrNan
 
 Scaling = Literal["none", "sqrt", "linear", "gain", "sqrt_gain"]
 Beta2 = Literal["fixed", "half-life"]
@@ -38,11 +39,11 @@ class Adjustment:
         reference_batch: ``n0`` [examples]; NaN before the first.
     """
 
-    lr_factor: float = 1.0
-    beta2_exponent: float = 1.0
-    second_moment_factor: float = 1.0
-    batch: float = math.nan
-    reference_batch: float = math.nan
+    lr_factor: Positive = 1.0
+    beta2_exponent: Positive = 1.0
+    second_moment_factor: Positive = 1.0
+    batch: PositiveOrNan = math.nan
+    reference_batch: PositiveOrNan = math.nan
 
 
 UNTOUCHED = Adjustment()

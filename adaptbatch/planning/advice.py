@@ -167,7 +167,7 @@ def plan(
         >>> found.table[["batch", "steps_factor", "examples_factor"]].round(2).head(3)
            batch  steps_factor  examples_factor
         0   16.0          4.13             1.32
-        1   32.0          2.57             1.64
+        1   32.0          2.56             1.64
         2   64.0          1.78             2.28
     """
     _check(devices, measured_on, confidence, seconds_per_sync)

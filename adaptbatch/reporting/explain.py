@@ -65,7 +65,7 @@ def explain(
     Example:
         >>> import pandas as pd
         >>> from adaptbatch import Fixed
-        >>> at = Progress(accumulation_steps=2, cell_examples=64.0, examples_seen=0.0)
+        >>> at = Progress(accumulation_steps=2, micro_batch_examples=64.0, examples_seen=0.0)
         >>> decision = Decision(2, 128.0, "hold")
         >>> text = explain(Fixed(2), Evidence(), at, decision, Limits(1), pd.DataFrame(), estimate.ShardTracker())
         >>> print(text.split(". ")[0])

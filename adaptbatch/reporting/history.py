@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptbatch import estimate
-from adaptbatch.records import Decision, Evidence
+from adaptbatch.records import Decision, Evidence, NoiseEstimate, WindowResult
 from adaptbatch.reporting.loggers import Logger
-from adaptbatch.state import Loop
+from adaptbatch.state import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -277,34 +277,58 @@ class History:
         return notebook(self.to_pandas())
 
 
-def decision_row(loop: Loop, evidence: Evidence, decision: Decision, batch: float) -> dict[str, Any]:
+def decision_row(state: State, evidence: Evidence, decision: Decision, batch: float) -> dict[str, Any]:
     """The part of a row that follows from what is pooled; the window's own numbers are NaN until they arrive.
 
     Args:
-        loop: After the decision.
+        state: After the decision.
         evidence: It was made on.
         decision: For the next window.
         batch: ``n`` of the window that ended [examples].
     """
-    euclidean, in_metric = loop.pooled.estimate(), loop.metric.estimate()
+    in_metric = state.metric.estimate()
+    euclidean = state.pooled.estimate() if state.metric.weight > 0.0 else evidence.pooled
     low, high = estimate.noise_scale_interval(euclidean)
     own = ("loss", "grad_sq_norm", "noise_trace", "consecutive_product", "batch_grad_norm", "applied_grad_norm", "lr")
     return dict.fromkeys(own, math.nan) | {
-        "examples_seen": loop.progress.examples_seen,
+        "examples_seen": state.progress.examples_seen,
         "global_batch": batch,
         "target_batch": decision.target_batch,
         "reason": decision.reason,
         "noise_scale": estimate.noise_scale(euclidean),
         "noise_scale_low": low,
         "noise_scale_high": high,
-        "relative_error": estimate.relative_error(evidence.pooled, batch, loop.progress.population),
+        "relative_error": estimate.relative_error(evidence.pooled, batch, state.progress.population),
         "noise_scale_typical": estimate.noise_scale(evidence.typical),
         "noise_scale_metric": estimate.noise_scale(in_metric),
         "tail_excess": evidence.tail.excess,
         "tail_share": evidence.tail.share,
         "elasticity": evidence.response.elasticity,
-        "shard_ratio": loop.shards.ratio(),
+        "shard_ratio": state.shards.ratio(),
     }
+
+
+def result_row(result: WindowResult, population: float) -> dict[str, float]:
+    """The part of a row that is a window's own measurement.
+
+    Args:
+        result: Of the window.
+        population: Examples in the data set, or infinity.
+    """
+    measured = result.measurement
+    pair = estimate.estimate_window(measured, population) if measured.finite else _NO_EVIDENCE
+    return {
+        "loss": result.loss,
+        "lr": result.lr,
+        "grad_sq_norm": pair.grad_sq_norm,
+        "noise_trace": pair.noise_trace,
+        "consecutive_product": measured.consecutive_product,
+        "batch_grad_norm": math.sqrt(measured.batch_sq_norm),
+        "applied_grad_norm": math.sqrt(result.applied_sq_norm),
+    }
+
+
+_NO_EVIDENCE = NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
 
 
 def _plain(value: Any, kind: str) -> Any:

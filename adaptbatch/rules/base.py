@@ -126,7 +126,7 @@ def decide(
         >>> from adaptbatch import RelativeStandardError
         >>> from adaptbatch.records import NoiseEstimate
         >>> noisy = Evidence(typical=NoiseEstimate(1.0, 4096.0, 1e-4, 100.0, 0.0, effective_windows=30))
-        >>> decide(RelativeStandardError(), noisy, Progress(accumulation_steps=4, cell_examples=64), Limits())
+        >>> decide(RelativeStandardError(), noisy, Progress(accumulation_steps=4, micro_batch_examples=64), Limits())
         Decision(accumulation_steps=8, target_batch=4096.0, reason='growth_limited')
     """
     limits = limits.resolve(rule, progress.world_size, progress.by_example)
@@ -177,7 +177,7 @@ def towards(target: float, progress: Progress, limits: Limits, *, lost: bool = F
         shrinks: Whether a smaller target is followed; else it is ``hold``.
 
     Example:
-        >>> at = Progress(accumulation_steps=10, cell_examples=64)
+        >>> at = Progress(accumulation_steps=10, micro_batch_examples=64)
         >>> for batch in (5000, 700, 640, 600, 100):
         ...     print(towards(batch, at, Limits(max_steps=128)))
         Decision(accumulation_steps=20, target_batch=5000.0, reason='growth_limited')

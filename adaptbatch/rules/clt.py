@@ -141,4 +141,4 @@ class RelativeStandardError(Composable):
     def _dead_examples(self, progress: Progress) -> float:
         if self.dead_time is not None:
             return self.dead_time
-        return 0.5 * estimate.memory_examples(self.memory, progress.cell_examples, progress.global_batch)
+        return 0.5 * estimate.memory_examples(self.memory, progress.micro_batch_examples, progress.global_batch)

@@ -38,7 +38,7 @@ class NoiseScale(Composable):
 
     Example:
         >>> from adaptbatch.records import NoiseEstimate
-        >>> at = Progress(accumulation_steps=4, cell_examples=64)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=64)
         >>> NoiseScale().decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0)), at, Limits())
         Decision(accumulation_steps=7, target_batch=400.0, reason='grow')
     """
@@ -78,7 +78,7 @@ class Pareto(Composable):
 
     Example:
         >>> from adaptbatch.records import NoiseEstimate
-        >>> at = Progress(accumulation_steps=4, cell_examples=64)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=64)
         >>> Pareto(price=900).decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0)), at, Limits(max_growth=9.0))
         Decision(accumulation_steps=10, target_batch=600.0, reason='grow')
     """
@@ -127,7 +127,7 @@ class Goodput(Composable):
 
     Example:
         >>> from adaptbatch.records import NoiseEstimate
-        >>> at = Progress(accumulation_steps=4, cell_examples=64)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=64)
         >>> rule = Goodput(initial_batch=128, step_seconds=0.9, example_seconds=0.001)
         >>> rule.decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0)), at, Limits(max_growth=9.0))
         Decision(accumulation_steps=9, target_batch=576.0, reason='grow')
@@ -195,7 +195,7 @@ class CABS(Composable):
 
     Example:
         >>> from adaptbatch.records import NoiseEstimate
-        >>> at = Progress(accumulation_steps=4, cell_examples=64)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=64)
         >>> CABS().decide(Evidence(pooled=NoiseEstimate(4.0, 1600.0), loss=0.5, lr=0.125), at, Limits())
         Decision(accumulation_steps=7, target_batch=400.0, reason='grow')
     """
@@ -250,7 +250,7 @@ class DiveBatch(Composable):
         >>> from adaptbatch.records import Measurement, NoiseEstimate
         >>> evidence = Evidence(pooled=NoiseEstimate(1.0, 799.0), window=Measurement(1.0, 1.0, 256.0, 4))
         >>> for seen in (49_920, 50_176, 50_432):
-        ...     at = Progress(examples_seen=seen, accumulation_steps=4, cell_examples=64)
+        ...     at = Progress(examples_seen=seen, accumulation_steps=4, micro_batch_examples=64)
         ...     print(DiveBatch(delta=0.5, epoch_examples=50_000).decide(evidence, at, Limits()))
         Decision(accumulation_steps=4, target_batch=256.0, reason='hold')
         Decision(accumulation_steps=7, target_batch=400.0, reason='grow')

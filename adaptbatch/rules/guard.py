@@ -21,7 +21,7 @@ def tail_floor(tail: Tail, progress: Progress, limits: Limits, hold: float) -> i
     episode: where exceedances go on at twice the batch, averaging is not the cure.
 
     Example:
-        >>> at = Progress(accumulation_steps=4, cell_examples=64)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=64)
         >>> tail_floor(Tail(episode_batch=256.0, episode_examples=1000.0), at, Limits(), hold=1e6)
         8
     """
@@ -33,7 +33,7 @@ def tail_floor(tail: Tail, progress: Progress, limits: Limits, hold: float) -> i
 
 def hold_examples(memory: float | None, progress: Progress) -> float:
     """How long the floor of :func:`tail_floor` stands: ten half-lives of the evidence [examples]."""
-    return HOLD_MEMORIES * estimate.memory_examples(memory, progress.cell_examples, progress.global_batch)
+    return HOLD_MEMORIES * estimate.memory_examples(memory, progress.micro_batch_examples, progress.global_batch)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Guard:
 
     Example:
         >>> calm = Decision(4, 256.0, "hold")
-        >>> at = Progress(accumulation_steps=4, cell_examples=64)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=64)
         >>> Guard().react(calm, Evidence(tail=Tail(1.0, 0.9, 256.0, episode_examples=500.0)), at, Limits())
         Decision(accumulation_steps=8, target_batch=256.0, reason='guard')
     """

@@ -46,7 +46,7 @@ class NormTest(Composable):
 
     Example:
         >>> window = Measurement(weighted_sq_norms=2528.0, batch_sq_norm=4.0, global_batch=120.0, cells=3)
-        >>> at = Progress(accumulation_steps=3, cell_examples=40)
+        >>> at = Progress(accumulation_steps=3, micro_batch_examples=40)
         >>> NormTest(theta=0.5).decide(Evidence(window=window), at, Limits(max_growth=9.0))
         Decision(accumulation_steps=26, target_batch=1024.0, reason='grow')
     """
@@ -98,7 +98,7 @@ class InnerProductTest(Composable):
 
     Example:
         >>> window = Measurement(2000.0, 1.0, global_batch=128.0, cells=4, radial_sq_norms=500.0)
-        >>> at = Progress(accumulation_steps=4, cell_examples=32)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=32)
         >>> InnerProductTest(theta=0.5).decide(Evidence(window=window), at, Limits(max_growth=9.0))
         Decision(accumulation_steps=16, target_batch=496.0, reason='grow')
     """
@@ -156,7 +156,7 @@ class CosineSimilarity(Composable):
 
     Example:
         >>> window = Measurement(weighted_sq_norms=1020.0, batch_sq_norm=4.0, global_batch=160.0, cells=20)
-        >>> at = Progress(accumulation_steps=20, cell_examples=8)
+        >>> at = Progress(accumulation_steps=20, micro_batch_examples=8)
         >>> round(CosineSimilarity().similarity(window), 3)
         0.939
         >>> CosineSimilarity().decide(Evidence(window=window), at, Limits())

@@ -26,7 +26,7 @@ class Fixed:
 
     Example:
         >>> from adaptbatch.rules import decide
-        >>> decide(Fixed(4), Evidence(), Progress(accumulation_steps=4, cell_examples=64), Limits())
+        >>> decide(Fixed(4), Evidence(), Progress(accumulation_steps=4, micro_batch_examples=64), Limits())
         Decision(accumulation_steps=4, target_batch=256.0, reason='hold')
     """
 

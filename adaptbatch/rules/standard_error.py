@@ -56,7 +56,7 @@ class StandardError(Composable):
 
     Example:
         >>> known = Evidence(pooled=NoiseEstimate(1.0, 6400.0, 0.1, 100.0, 0.0, effective_windows=20.0))
-        >>> at = Progress(accumulation_steps=4, cell_examples=64)
+        >>> at = Progress(accumulation_steps=4, micro_batch_examples=64)
         >>> StandardError(target=4.0).decide(known, at, Limits())
         Decision(accumulation_steps=7, target_batch=400.0, reason='grow')
         >>> StandardError(target=4.0).decide(Evidence(), at, Limits())

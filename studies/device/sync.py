@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import adaptbatch as ab
-from adaptbatch.accumulate.window import HostCopy
+from adaptbatch.measure.result import HostCopy
 from studies.device.cases import Case, adam, autocast, cases, hand_written, steady
 from studies.device.harness import Report
 

@@ -275,7 +275,7 @@ class AdaScale:
     def __init__(self, model: Location, sizes: Sequence[int]) -> None:
         from fairscale.optim import AdaScale as Optimizer
 
-        self.model, self.cells, self.cell_examples = model, len(sizes), sum(sizes) / len(sizes)
+        self.model, self.cells, self.micro_batch_examples = model, len(sizes), sum(sizes) / len(sizes)
         self.optimizer = Optimizer(
             _still(model), world_size=1, num_gradients_to_accumulate=self.cells, smoothing=EQUAL_WEIGHTS
         )
@@ -291,7 +291,7 @@ class AdaScale:
         """Infinite where the gain is at its limit."""
         gain = float(self.optimizer.gain())
         signal = 1.0 - gain / self.cells
-        return self.cell_examples * (gain - 1.0) / signal if signal > 0.0 else math.inf
+        return self.micro_batch_examples * (gain - 1.0) / signal if signal > 0.0 else math.inf
 
 
 class AdaptDL:
@@ -305,7 +305,7 @@ class AdaptDL:
     """
 
     def __init__(self, model: Location, sizes: Sequence[int], smoothing: float = EQUAL_WEIGHTS) -> None:
-        self.model, self.cells, self.cell_examples = model, len(sizes), sum(sizes) / len(sizes)
+        self.model, self.cells, self.micro_batch_examples = model, len(sizes), sum(sizes) / len(sizes)
         self.decay, self.averages = smoothing**self.cells, np.zeros(2)
 
     def hear(self, window: Sequence[Tensor]) -> None:
@@ -320,7 +320,7 @@ class AdaptDL:
     def noise_scale(self) -> float:
         """Debiasing cancels from the ratio."""
         variance, signal = self.averages.tolist()
-        return self.cell_examples * max(variance, 0.0) / signal if signal > 0.0 else math.inf
+        return self.micro_batch_examples * max(variance, 0.0) / signal if signal > 0.0 else math.inf
 
 
 class GnsPytorch:
@@ -350,7 +350,7 @@ class GqcNoiseScale:
     def __init__(self, model: Location, sizes: Sequence[int]) -> None:
         import gradient_quality_control as gqc
 
-        self.model, self.cell_examples = model, sum(sizes) / len(sizes)
+        self.model, self.micro_batch_examples = model, sum(sizes) / len(sizes)
         self.optimizer = gqc.OptimizerWrapperGNS(_still(model), max_batch_draws=10**9)
         for group in self.optimizer.param_groups:
             group["noise_tolerance"] = -1.0
@@ -366,7 +366,7 @@ class GqcNoiseScale:
 
     def noise_scale(self) -> float:
         """Its public statistic of the norms so far."""
-        return self.cell_examples * float(self.optimizer.compute_approximate_gns())
+        return self.micro_batch_examples * float(self.optimizer.compute_approximate_gns())
 
 
 OURS = "adaptbatch"

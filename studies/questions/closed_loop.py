@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 import adaptbatch as ab
-from adaptbatch.state import Heard, Loop
+from adaptbatch.records import WindowCounts, WindowResult
+from adaptbatch.state import State
 
 CELL, DIMENSION, EXAMPLES = 32, 20, 3e6
 LIMITS = ab.Limits(max_steps=256)
@@ -116,10 +117,10 @@ def simulate(
         phase: Whether the inner product of consecutive gradients is measured.
         guard: Overrules the rule upwards.
     """
-    rng, loop, rows = np.random.default_rng(seed), Loop(ab.records.Progress(accumulation_steps=2)), []
+    rng, state, rows = np.random.default_rng(seed), State(ab.records.Progress(accumulation_steps=2)), []
     position, last = _start(profile), np.full(DIMENSION, math.nan)
-    while loop.progress.examples_seen < examples:
-        u, k = loop.progress.examples_seen / examples, loop.progress.accumulation_steps
+    while state.progress.examples_seen < examples:
+        u, k = state.progress.examples_seen / examples, state.progress.accumulation_steps
         mean, variance = _moments(profile, u, position)
         window, gradient = draw_window(rng, k, mean, variance, profile.student)
         if profile.catastrophes > 0.0 and rng.random() < profile.catastrophes:
@@ -130,10 +131,10 @@ def simulate(
         if position is not None:
             position = position - gradient
         n = window.global_batch
-        heard = Heard(window, loss=0.5 * float(mean @ mean), lr=1.0)
-        loop = loop.counted(n, k, step_seconds=STEP_SECONDS, seconds=EXAMPLE_SECONDS * n)
-        loop, decision = loop.heard(heard, loop.memory(rule)).decided(rule, LIMITS, guard)
-        rows.append((loop.progress.examples_seen, k, profile.truth(u, n), decision.reason))
+        result = WindowResult(window, loss=0.5 * float(mean @ mean), lr=1.0)
+        counts = WindowCounts(n, k, step_seconds=STEP_SECONDS, seconds=EXAMPLE_SECONDS * n)
+        state, _, decision = state.advance(counts, [result], rule, LIMITS, guard)
+        rows.append((state.progress.examples_seen, k, profile.truth(u, n), decision.reason))
     return pd.DataFrame(rows, columns=["examples_seen", "accumulation_steps", "true_noise_scale", "reason"])
 
 

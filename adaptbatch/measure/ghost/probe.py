@@ -6,7 +6,7 @@ and what came back to it; its norm follows from inner products of the factors, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -128,15 +128,32 @@ class GhostProbe:
     def elsewhere(self, value: bool) -> None:
         self._record.elsewhere = value
 
+    @property
+    def on_gradient(self) -> Callable[[], None] | None:
+        """Called before each gradient, listened to or not; None: nobody is."""
+        return self._record.on_gradient
+
+    @on_gradient.setter
+    def on_gradient(self, call: Callable[[], None] | None) -> None:
+        self._record.on_gradient = call
+
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen to one backward pass; forget what an earlier one left behind."""
-        self._record.clear()
-        self._record.open = True
+        """Listen to one backward pass."""
+        self.begin()
         try:
             yield
         finally:
-            self._record.open = False
+            self.end()
+
+    def begin(self) -> None:
+        """Listen from now on; forget what an earlier pass left behind."""
+        self._record.clear()
+        self._record.open = True
+
+    def end(self) -> None:
+        """Listen no longer."""
+        self._record.open = False
 
     @torch.no_grad()
     def take_example_sq_norms(self) -> Tensor:
@@ -174,7 +191,8 @@ class GhostProbe:
         for layer in self._layers.values():
             layer.close()
         self._record.close()
-        self._record = Record()
+        on_gradient, self._record = self._record.on_gradient, Record()
+        self._record.on_gradient = on_gradient
         self._layers, self._batch_norms, self._kinds, self._names, self.parameters = {}, [], [], [], []
 
 

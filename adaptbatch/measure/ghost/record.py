@@ -120,6 +120,8 @@ class Call:
     def __call__(self, delta: Tensor | None) -> None:
         # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only. A gradient
         # of None is a zero that autograd did not spell out.
+        if self._layer.record.on_gradient is not None:
+            self._layer.record.on_gradient()
         self._layer.record.elsewhere |= not self._layer.record.open
         if not self._layer.record.open or not self._layer.counted or delta is None:
             return
@@ -138,6 +140,7 @@ class Record:
     def __init__(self) -> None:
         self.open = False
         self.elsewhere = False
+        self.on_gradient: Callable[[], None] | None = None
         self.examples = 0
         self.check: Check | None = None
         self.turn = 0

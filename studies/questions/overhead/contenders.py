@@ -89,8 +89,8 @@ def adaptbatch(
 
 def _switch_off_checks(controller: Any) -> None:
     """Nobody looks whether gradients were written to, or the optimizer stepped, by somebody else."""
-    for name in ("_close_seal", "_check_first", "require_untouched"):
-        setattr(controller._sensor, name, lambda *_, **__: None)
+    for name in ("_close_seal", "require_first", "require_untouched"):
+        setattr(controller._accumulator, name, lambda *_, **__: None)
     controller._stepper.gate.close()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from adaptbatch.measure.norms import HALF, gradient_norms, gradient_stamps
+from adaptbatch.accumulate.gradients import HALF, gradient_norms, gradient_stamps
 
 # All gradients are looked at in a training's first windows, where a habit shows, and in one of so many.
 FIRST, EVERY = 2, 256

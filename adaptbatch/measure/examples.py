@@ -1,0 +1,65 @@
+"""How many examples a micro-batch has, as the model's call shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class ExampleCount:
+    """The first dimension of the first tensor that a model is called with, between two backward passes.
+
+    A trainer may call parts of the model and never the whole: then the part that is called first counts.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(3, 1)
+        >>> count = ExampleCount(model)
+        >>> _ = model(torch.zeros(5, 3))
+        >>> count.take(), count.take()
+        (5, None)
+        >>> count.close()
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: int | None = None
+        self._parts = False
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._called, with_kwargs=True)]
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._seen is None:
+            self._seen = first_dimension((args, kwargs))
+
+    def take(self) -> int | None:
+        """The number of examples since the last time; None where no call showed it."""
+        seen, self._seen = self._seen, None
+        if seen is None and not self._parts:
+            self._parts = True
+            parts = (module for module in self._model.modules() if module is not self._model)
+            self._handles += [part.register_forward_pre_hook(self._called, with_kwargs=True) for part in parts]
+        return seen
+
+    def close(self) -> None:
+        """Leave no hook."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def first_dimension(batch: Any) -> int | None:
+    """Of the first tensor in any nesting of mappings, lists and tuples; None where there is none.
+
+    Example:
+        >>> import torch
+        >>> first_dimension({"name": "a", "pair": (torch.zeros(()), torch.zeros(3, 2))})
+        3
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    if hasattr(batch, "values"):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return None
+    return next((size for size in map(first_dimension, batch) if size is not None), None)

@@ -1,0 +1,453 @@
+"""Just the measurement: the noise of the gradient in a loop, or a trainer, that stays as it is."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from adaptbatch.accumulate.gradients import Stepped, gradient_stamps
+from adaptbatch.accumulate.ranks import Ranks
+from adaptbatch.accumulate.window import Window
+from adaptbatch.checks import (
+    checked_weight,
+    require_pair,
+    require_plain_step,
+    require_scaler,
+    require_shared_parameter,
+    require_unit,
+)
+from adaptbatch.measure.examples import ExampleCount
+from adaptbatch.measure.result import PendingResult
+from adaptbatch.measure.sensor import Metric, Sensor
+from adaptbatch.optimizer.learning_rate import UNTOUCHED
+from adaptbatch.optimizer.second_moment import applied_beta2
+from adaptbatch.records import Progress, WindowCounts
+from adaptbatch.reporting.explain import explain
+from adaptbatch.reporting.history import History, decision_row, result_row
+from adaptbatch.rules import Fixed, Limits, decide
+from adaptbatch.state import State
+
+
+class NoiseMeter:
+    """Measures the noise of the gradient in a training loop without touching it: one line after the optimizer is made.
+
+    The loop keeps its ``loss / k``, its clipping, its ``GradScaler``, its trainer. A micro-batch ends with its backward
+    pass, a window with the optimizer's step; from the ``k`` micro-batch gradients of each window, each with its share
+    ``w_c / n`` of the mean, come the unbiased ``|G|^2`` and ``tr(Sigma)`` that a
+    :class:`~adaptbatch.BatchController` with ``rule=Fixed(k)`` measures, in the same :attr:`history`. Parameters,
+    optimizer and random numbers are bit for bit those of the loop without it.
+
+    What a micro-batch weighs is the first dimension of what the model is called with, as in a loop that adds
+    ``loss / k`` of equal micro-batches. Where they are unequal, and each loss is weighted by its share of the window,
+    :meth:`weight` says what it counts. Were the losses not divided by ``k``, signal and noise would have the scale of
+    the sum that is stepped on; their ratio, the noise scale, is the same.
+
+    When it is wrong: in a loop that adds to ``.grad`` what is no backward pass of the model's losses, or whose
+    micro-batches are unequal and weighted otherwise. What cannot be measured is NaN in its row, with a warning, once.
+
+    Args:
+        model: As the loop calls it: plain, compiled, or wrapped in DistributedDataParallel.
+        optimizer: Its optimizer; the trainable parameters in its groups are measured.
+        metric: ``"adam"`` measures in the optimizer's metric too.
+        population: Examples in the data set; see :class:`~adaptbatch.BatchController`. None: unlimited.
+        ghost: Measure every example on its own, so that a window of one micro-batch holds evidence.
+        scaler: The loop's ``torch.amp.GradScaler``, which stays the loop's.
+        process_group: The ranks that share each step; None: DDP's own, or the default group.
+        unit: What weights count: ``"tokens"``.
+
+    Raises:
+        ValueError: If nothing is trainable, the model is sharded, or an argument is out of range.
+        TypeError: If an argument is of another kind.
+
+    Source:
+        McCandlish et al. 2018, arXiv:1812.06162, appendix A.1 (two batch sizes; here by analysis of variance).
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> meter = NoiseMeter(model, optimizer)
+        >>> for index in range(12):
+        ...     (model(torch.randn(8, 3)).square().mean() / 4).backward()
+        ...     if index % 4 == 3:
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> meter.history.to_pandas()[["accumulation_steps", "global_batch"]].values.tolist()
+        [[4.0, 32.0], [4.0, 32.0], [4.0, 32.0]]
+        >>> meter.close()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        metric: Metric = "euclidean",
+        population: float | None = None,
+        ghost: bool = False,
+        scaler: GradScaler | None = None,
+        process_group: Any = None,
+        unit: str = "examples",
+    ) -> None:
+        require_unit(unit, ghost)
+        require_pair(model, optimizer)
+        require_shared_parameter(model, optimizer)
+        require_plain_step(optimizer)
+        require_scaler(scaler)
+        if population is not None and not population >= 1.0:
+            raise ValueError(
+                f"population must be at least 1 example, got population = {population!r}; None: unlimited."
+            )
+        self._optimizer, self._scaler, self._ghost = optimizer, scaler, ghost
+        self._ranks = Ranks(model, process_group)
+        if self._ranks.sharded:
+            raise ValueError(
+                "model must not be sharded for a NoiseMeter, got fully_shard, whose gradients are in no .grad before "
+                "they are synchronised; use a BatchController with rule=Fixed(k), or DistributedDataParallel."
+            )
+        self._sensor = Sensor(model, optimizer, metric=metric, ghost=ghost, ranks=self._ranks)
+        self._parameters = Stepped(optimizer)
+        self._examples = ExampleCount(model)
+        self.history = History(self._settle, unit)
+        self._limits = Limits(max_steps=sys.maxsize).resolve(
+            Fixed(1), world_size=self._ranks.world_size, by_example=ghost
+        )
+        self._state = State(
+            Progress(
+                population=math.inf if population is None else float(population),
+                by_example=ghost,
+                world_size=self._ranks.world_size,
+            )
+        )
+        self._read_late = self._parameters()[0].device.type == "cuda" and not self._ranks.several
+        self._late: PendingResult | None = None
+        self._optimizer_step = self._backward_passes = 0
+        self._started = self._ended = time.perf_counter()
+        self._said: set[str] = set()
+        self._task = -1
+        self._in_pass = False
+        self._declared: float | None = None
+        self._scale: Tensor | None = None
+        self._scaler_stamp: tuple[int, int] | None = None
+        self._stamps: list[tuple[int, int] | None] = []
+        self._before: list[tuple[int, int] | None] = []
+        # The first window may be clipped.
+        self._measures_each = True
+        self._reset()
+        self._sensor.watch(_weak(self._gradient_arrives))
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(_weak(self._step_begins)),
+            optimizer.register_step_post_hook(_weak(self._step_ended)),
+        ]
+        # A meter that is dropped without close() leaves no hook behind.
+        self._finalizer = weakref.finalize(self, _unhook, self._sensor, self._examples, self._handles)
+        self._finalizer.atexit = False
+
+    def __repr__(self) -> str:
+        return f"NoiseMeter({len(self.history)} windows)"
+
+    def weight(self, weight: float) -> None:
+        """Say, before its backward pass, what the next micro-batch counts: the loop adds ``weight / n`` of its loss.
+
+        Args:
+            weight: Examples (or tokens) that its loss is the mean over; a positive Python number.
+
+        Raises:
+            ValueError: If it is of another kind.
+        """
+        self._declared = checked_weight(weight)
+
+    def explain(self) -> str:
+        """What was measured, in three sentences."""
+        self._settle()
+        state, rule = self._state, Fixed(self._state.progress.accumulation_steps)
+        decision = decide(rule, state.evidence(), state.progress, self._limits)
+        cold = self._sensor.metric == "adam" and state.metric.weight == 0.0
+        rows = self.history.to_pandas()
+        return explain(
+            rule,
+            state.evidence(),
+            state.progress,
+            decision,
+            self._limits,
+            rows,
+            state.shards,
+            cold,
+            self.history.unit,
+        )
+
+    def close(self) -> None:
+        """Leave nothing on model and optimizer; the history stays."""
+        if self._finalizer.alive and self._count and self._skipped_by_scaler():
+            self._finish(skipped=True)
+        self.history.release()
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.close()
+
+    # --- a backward pass ----------------------------------------------------------------------------------------
+
+    def _gradient_arrives(self) -> None:
+        """Before each gradient: the first of a pass begins a micro-batch."""
+        task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
+        if task == self._task:
+            return
+        self._task = task
+        now = gradient_stamps(self._parameters())
+        if self._count and self._was_dropped(now):
+            if self._skipped_by_scaler():
+                self._finish(skipped=True)
+            self._reset()
+        if self._in_pass:
+            # A pass that failed; or one within another, whose parts are no gradients of micro-batches.
+            self._trouble = _FAILED
+        self._in_pass, self._before = True, now
+        if not self._count:
+            self._sensor.open(UNTOUCHED, self._optimizer_step)
+            self._scale = self._loss_scale()
+        self._sensor.begin(synchronises=self._ranks.several)
+        torch.autograd.Variable._execution_engine.queue_callback(self._pass_ended)  # type: ignore[attr-defined]
+
+    def _was_dropped(self, now: list[tuple[int, int] | None]) -> bool:
+        """Whether the window's gradients so far were cleared, without a step."""
+        if self._ranks.several:
+            # DDP lays out its buckets anew after its first pass.
+            return all(stamp is None for stamp in now)
+        return now != self._stamps
+
+    def _pass_ended(self) -> None:
+        """At the end of a backward pass, within it."""
+        if self._ranks.several:
+            # DDP's own callback, which may come later, copies its buckets to .grad.
+            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(self._micro_batch_ended)
+        else:
+            self._micro_batch_ended()
+
+    @torch.no_grad()
+    def _micro_batch_ended(self) -> None:
+        self._sensor.end_pass()
+        self._in_pass = False
+        stamps = gradient_stamps(self._parameters())
+        if stamps == self._before:
+            # torch.autograd.grad() adds to no .grad.
+            return
+        self._stamps = stamps
+        self._count += 1
+        self._backward_passes += 1
+        self._measured = False
+        try:
+            self._take()
+            if self._measures_each:
+                self._measure()
+        except (RuntimeError, ValueError) as error:
+            self._trouble = str(error)
+
+    def _take(self) -> None:
+        """Add a micro-batch of unknown share: what its sum is multiplied by is known at the window's end."""
+        examples, declared = self._examples.take(), self._declared
+        self._declared = None
+        if self._count == 1:
+            self._declares = declared is not None
+        elif self._declares != (declared is not None):
+            self._trouble = _MIXED
+        weight = declared if declared is not None else float(examples or 1)
+        if examples is None and declared is None:
+            self._say(_UNCOUNTED)
+        self._weight += weight
+        self._largest = max(self._largest, weight)
+        if self._ghost:
+            # Of each example its share is 1 / (m k) of its gradient, or 1 / n where the loop weighs its losses.
+            self._sensor.take(None, weight, 1.0 if self._declares else math.sqrt(weight))
+        else:
+            # Its share is 1 / k, or weight / n: with the factors of :meth:`_sums`, sum_c w_c |g_c|^2 either way.
+            self._sensor.take(None, weight if self._declares else 1.0, 1.0)
+
+    def _measure(self) -> None:
+        """The length of what is in ``.grad``."""
+        self._sensor.measure_accumulated(1.0)
+        self._measured = True
+
+    # --- a step -------------------------------------------------------------------------------------------------
+
+    def _step_begins(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        # A trainer's last backward pass may be within the step, which is over when that is.
+        self._waits = closure is not None
+        if not self._waits:
+            self._end_window()
+
+    def _step_ended(self, *_: Any) -> None:
+        if self._waits:
+            self._end_window()
+        if self._count:
+            self._finish(skipped=False)
+        # What was thawed, moved or added since is measured from the next window on.
+        self._sensor.attach()
+        self._parameters.forget()
+
+    @torch.no_grad()
+    def _end_window(self) -> None:
+        """The window's gradient is complete, and may have been clipped since."""
+        changed = gradient_stamps(self._parameters()) != self._stamps
+        if self._count and not self._measured:
+            if changed:
+                self._trouble = _CHANGED
+            else:
+                self._measure()
+        self._measures_each = changed
+
+    def _finish(self, skipped: bool) -> None:
+        """Share, pool and record the window."""
+        now, window = time.perf_counter(), self._shared()
+        pending = PendingResult.of(
+            self._sensor.sums, window, self._optimizer.param_groups[0]["lr"], window.micro_batches
+        )
+        self._optimizer_step += not skipped
+        arrived = [one for one in (self._late, pending) if one is not None]
+        self._late = arrived.pop() if self._read_late else None
+        counts = WindowCounts(window.weight, window.all_micro_batches, window.largest, seconds=now - self._ended)
+        self._ended = now
+        k = window.micro_batches
+        self._state, evidence, decision = self._state.sized(k).advance(
+            counts, [one.result for one in arrived], Fixed(k), self._limits
+        )
+        self.history.append(
+            decision_row(self._state, evidence, decision, window.weight)
+            | {
+                "optimizer_step": self._optimizer_step,
+                "backward_passes": self._backward_passes,
+                "wall_seconds": now - self._started,
+                "accumulation_steps": k,
+                "lr_factor": 1.0,
+                "beta2": applied_beta2(self._optimizer, UNTOUCHED),
+                "second_moment_factor": 1.0,
+                "skipped": skipped,
+            }
+        )
+        pending.row = len(self.history) - 1
+        for one in arrived:
+            self._amend(one)
+        if self._sensor.sums.cells < 2 and not self._trouble:
+            self._say(_ONE_CELL)
+        self._reset()
+
+    def _shared(self) -> Window:
+        """The window as a controller would have had it: its sums on their common scale, over all ranks."""
+        sums, window = self._sensor.sums, Window(weight=self._weight, largest=self._largest)
+        window.micro_batches = window.all_micro_batches = self._count
+        if self._trouble or "weighted" not in sums or "batch" not in sums:
+            self._say(self._trouble or _CHANGED)
+            nan = torch.tensor(math.nan, dtype=torch.float64)
+            sums["weighted"] = sums["batch"] = nan
+            sums.cells = max(sums.cells, 1)
+        sums.unscale(self._scale, accumulated=True)
+        declares = float(self._declares)
+        if self._ranks.several:
+            total = self._ranks.sum({**window.own(), "cells": sums.cells, "declares": declares, **sums})
+            window.share(total, self._ranks.world_size)
+            sums.share(total)
+        # Each share is one of a rank's mean, and ranks are averaged.
+        n, world = window.weight, self._ranks.world_size
+        factor = (n * n if declares else n * window.all_micro_batches) / world**2
+        for name in ("weighted", "metric_weighted"):
+            if name in sums:
+                sums[name] = sums[name] * factor
+        return window
+
+    def _loss_scale(self) -> Tensor | None:
+        if self._scaler is None:
+            return None
+        self._scaler_stamp = self._stamp()
+        return self._scaler.scale(torch.ones((), device=self._parameters()[0].device))
+
+    def _stamp(self) -> tuple[int, int] | None:
+        scale = getattr(self._scaler, "_scale", None)
+        return None if scale is None else (id(scale), scale._version)
+
+    def _skipped_by_scaler(self) -> bool:
+        """Whether the scaler was updated without a step: it had found infinities."""
+        return self._scaler is not None and self._stamp() != self._scaler_stamp
+
+    def _reset(self) -> None:
+        """No window is open."""
+        self._count = 0
+        self._weight = self._largest = 0.0
+        self._declared = None
+        self._declares = self._measured = self._waits = False
+        self._trouble = ""
+        self._scale = None
+        self._scaler_stamp = None
+        self._stamps = []
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def _amend(self, pending: PendingResult) -> None:
+        if pending.row is not None:
+            self.history.amend(pending.row, result_row(pending.result, self._state.progress.population))
+            pending.row = None
+
+    def _settle(self) -> None:
+        if self._late is not None:
+            self._amend(self._late)
+
+    def _say(self, trouble: str) -> None:
+        """Warn of what cannot be measured, once."""
+        if trouble not in self._said:
+            self._said.add(trouble)
+            warnings.warn(f"NoiseMeter: {trouble}", RuntimeWarning, stacklevel=2)
+
+
+def _weak(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that keeps no meter alive."""
+    held = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> None:
+        if (own := held()) is not None:
+            own(*args)
+
+    return call
+
+
+def _unhook(sensor: Sensor, examples: ExampleCount, handles: list[RemovableHandle]) -> None:
+    sensor.close()
+    examples.close()
+    for handle in handles:
+        handle.remove()
+
+
+_FAILED = (
+    "a backward pass began before the last one had ended, after an error, or within it as reentrant activation "
+    "checkpointing does (use_reentrant=False does not); the window is not measured."
+)
+_CHANGED = (
+    "the window's gradient was changed before its length was measured, by clipping or unscaling it for the first time; "
+    "the window is not measured, those after it are."
+)
+_MIXED = (
+    "meter.weight() was called for some micro-batches of the window and not for others, whose shares are unknown; the "
+    "window is not measured. Call it before each backward pass, or never."
+)
+_ONE_CELL = (
+    "a window of one micro-batch holds no evidence of the noise, its row has NaN. Accumulate two micro-batches, or "
+    "measure single examples: NoiseMeter(model, optimizer, ghost=True)."
+)
+_UNCOUNTED = (
+    "the model was called without a tensor that has a first dimension, and weights count micro-batches. Say what each "
+    "counts before its backward pass: meter.weight(len(x))."
+)

@@ -1,0 +1,373 @@
+"""meter.py: one line in a loop that is not ours measures what the controller measures, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adaptbatch as ab
+from tests.test_controller import batches, small_model, squared
+
+MEASURED = [
+    *("examples_seen", "backward_passes", "accumulation_steps", "global_batch", "grad_sq_norm"),
+    *("noise_trace", "noise_scale", "noise_scale_low", "noise_scale_high", "relative_error", "noise_scale_typical"),
+    *("noise_scale_metric", "tail_excess", "tail_share", "batch_grad_norm", "lr", "beta2", "optimizer_step"),
+]
+
+
+def same_rows(meter: ab.NoiseMeter, controller: ab.BatchController, rtol: float = 1e-6) -> None:
+    ours, theirs = meter.history.to_pandas(), controller.history.to_pandas()
+    pd.testing.assert_frame_equal(ours[MEASURED], theirs[MEASURED], check_exact=False, rtol=rtol, atol=1e-9)
+    assert ours["reason"].tolist() == theirs["reason"].tolist()
+    assert ours["noise_scale"].notna().any()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.5))
+
+
+def plain(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Sequence[Tensor],
+    k: int,
+    clip: float | None = None,
+    weigh: Callable[[float], None] | None = None,
+    set_to_none: bool = True,
+) -> None:
+    """A hand-written loop; ``weigh`` tells what a micro-batch counts in one that weighs its losses."""
+    for start in range(0, len(data), k):
+        window = data[start : start + k]
+        n = sum(len(x) for x in window)
+        for x in window:
+            if weigh is not None:
+                weigh(len(x))
+            share = len(x) / n if weigh is not None else 1.0 / len(window)
+            (squared(model, x) * share).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def controlled(model: nn.Module, data: Sequence[Tensor], k: int, clip: float | None = None, **options: Any) -> Any:
+    controller = ab.BatchController(model, adam(model), rule=ab.Fixed(k), **options)
+    for x in controller.micro_batches(data):
+        controller.backward(squared(model, x), weight=len(x))
+        if controller.step_due:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            controller.step()
+    return controller
+
+
+class TestRows:
+    @pytest.mark.parametrize("clip", [None, 0.05])
+    @pytest.mark.parametrize("options", [{}, {"metric": "adam"}, {"population": 500.0}, {"ghost": True}])
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_equal_micro_batches(self, options: dict[str, Any], clip: float | None, set_to_none: bool):
+        """The last window is a partial one."""
+        model = small_model()
+        twin, data = copy.deepcopy(model), batches([4] * 26)
+        meter = ab.NoiseMeter(model, optimizer := adam(model), **options)
+        plain(model, optimizer, data, k=4, clip=clip, set_to_none=set_to_none)
+        controller = controlled(twin, data, 4, clip, **options)
+        same_rows(meter, controller)
+        assert len(meter.history) == 7
+
+    @pytest.mark.parametrize("clip", [None, 0.05])
+    @pytest.mark.parametrize("ghost", [False, True])
+    def test_unequal_micro_batches_that_are_weighed(self, clip: float | None, ghost: bool):
+        model = small_model()
+        twin, data = copy.deepcopy(model), batches([4, 2, 5, 3, 1, 6, 2] * 4)
+        meter = ab.NoiseMeter(model, optimizer := adam(model), ghost=ghost)
+        plain(model, optimizer, data, k=3, clip=clip, weigh=meter.weight)
+        same_rows(meter, controlled(twin, data, 3, clip, ghost=ghost))
+
+    def test_one_micro_batch_of_measured_examples(self):
+        model = small_model()
+        twin, data = copy.deepcopy(model), batches([6] * 10)
+        meter = ab.NoiseMeter(model, optimizer := adam(model), ghost=True)
+        plain(model, optimizer, data, k=1, clip=0.1)
+        same_rows(meter, controlled(twin, data, 1, 0.1, ghost=True))
+
+    def test_losses_that_are_not_divided_leave_the_noise_scale(self):
+        model = small_model()
+        twin, data = copy.deepcopy(model), batches([4] * 20)
+        tables = []
+        for net, divisor in ((model, 1.0), (twin, 4.0)):
+            meter = ab.NoiseMeter(net, torch.optim.SGD(net.parameters(), lr=0.0))
+            for index, x in enumerate(data, start=1):
+                (squared(net, x) / divisor).backward()
+                if index % 4 == 0:
+                    meter._optimizer.step()
+                    meter._optimizer.zero_grad()
+            tables.append(meter.history.to_pandas())
+        np.testing.assert_allclose(tables[0]["noise_scale"], tables[1]["noise_scale"], rtol=1e-9)
+        np.testing.assert_allclose(tables[0]["noise_trace"], 16.0 * tables[1]["noise_trace"], rtol=1e-9)
+
+    @pytest.mark.filterwarnings("ignore:NoiseMeter. a window of one micro-batch")
+    def test_windows_of_varying_length(self):
+        """As of a loop that grows its accumulation itself; clipped, so that each is measured before."""
+        model, data = small_model(), batches([4] * 21)
+        twin = copy.deepcopy(model)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        controller = ab.BatchController(twin, adam(twin), rule=ab.rules.Replay([1, 2, 3, 4, 5, 6]))
+        taken = iter(data)
+        for k in (1, 2, 3, 4, 5, 6):
+            for _ in range(k):
+                x = next(taken)
+                (squared(model, x) / k).backward()
+                controller.backward(squared(twin, x), weight=len(x))
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+            nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+            controller.step()
+        columns = [name for name in MEASURED if name not in ("tail_excess", "tail_share")]
+        ours, theirs = meter.history.to_pandas()[columns], controller.history.to_pandas()[columns]
+        pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=1e-6, atol=1e-9)
+
+    @pytest.mark.parametrize("clip", [None, 0.05])
+    def test_a_grad_scaler_with_steps_that_it_skips(self, clip: float | None):
+        data = batches([4] * 40, dtype=torch.float32)
+        data[9][0] = float("inf")
+        data[-1][0] = float("inf")
+        model = small_model(dtype=torch.float32)
+        twin = copy.deepcopy(model)
+        scaler, other = (torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3) for _ in range(2))
+        meter = ab.NoiseMeter(model, optimizer := adam(model), scaler=scaler)
+        for index, x in enumerate(data, start=1):
+            scaler.scale(squared(model, x) / 4).backward()
+            if index % 4 == 0:
+                if clip is not None:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        meter.close()
+        controller = controlled(twin, data, 4, clip, scaler=other)
+        ours, theirs = meter.history.to_pandas(), controller.history.to_pandas()
+        assert ours["skipped"].sum() == theirs["skipped"].sum() == 2
+        same_rows(meter, controller, rtol=1e-4)
+
+
+class TestUntouched:
+    @pytest.mark.parametrize("ghost", [False, True])
+    def test_parameters_optimizer_and_random_numbers(self, ghost: bool):
+        outcomes = []
+        for measured in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 1))
+            optimizer = adam(model)
+            meter = ab.NoiseMeter(model, optimizer, ghost=ghost) if measured else None
+            for index, x in enumerate(batches([4] * 30, dtype=torch.float32), start=1):
+                (model(x).square().mean() / 3).backward()
+                if index % 3 == 0:
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            outcomes.append([*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())])
+            outcomes[-1].append(torch.get_rng_state())
+            assert meter is None or meter.history.to_pandas()["noise_trace"].notna().all()
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*outcomes, strict=True))
+
+    @pytest.mark.parametrize("dropped", [False, True])
+    def test_close_leaves_no_trace(self, dropped: bool):
+        model = small_model()
+        optimizer = adam(model)
+
+        def hooks() -> list[int]:
+            mine = [len(p._backward_hooks or ()) for p in model.parameters()]
+            steps = [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
+            return mine + steps + [len(module._forward_pre_hooks) for module in model.modules()]
+
+        before = hooks()
+        meter = ab.NoiseMeter(model, optimizer)
+        plain(model, optimizer, batches([4] * 8), k=2)
+        assert hooks() != before
+        if dropped:
+            del meter
+            gc.collect()
+        else:
+            history = meter.history
+            meter.close()
+            meter.close()
+            assert len(history) == 4
+        assert hooks() == before
+        plain(model, optimizer, batches([4] * 8), k=2)
+
+
+class TestOtherPasses:
+    def test_gradients_that_are_added_to_nothing_do_not_count(self):
+        model, data = small_model(), batches([4] * 12)
+        twin = copy.deepcopy(model)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        for index, x in enumerate(data, start=1):
+            torch.autograd.grad(squared(model, x), list(model.parameters()))
+            (squared(model, x) / 4).backward()
+            torch.autograd.grad(squared(model, x), list(model.parameters()))
+            if index % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        same_rows(meter, controlled(twin, data, 4))
+
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    def test_a_window_that_was_dropped_is_no_part_of_the_next(self, set_to_none: bool):
+        model, data = small_model(), batches([4] * 8)
+        twin = copy.deepcopy(model)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        squared(model, data[0]).backward()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        plain(model, optimizer, data, k=4)
+        controller = controlled(twin, data, 4)
+        ours, theirs = meter.history.to_pandas(), controller.history.to_pandas()
+        np.testing.assert_allclose(ours["noise_trace"], theirs["noise_trace"], rtol=1e-9)
+        assert ours["accumulation_steps"].tolist() == [4, 4]
+
+    def test_a_pass_that_failed_costs_its_window_only(self):
+        model, data = small_model(), batches([4] * 12)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+
+        def fail(grad: Tensor) -> None:
+            raise KeyError("mine")
+
+        squared(model, data[0]).backward()
+        hidden = model[0](data[1])
+        hidden.register_hook(fail)
+        with pytest.raises(KeyError, match="mine"):
+            model[1:](hidden).square().mean().backward()
+        (squared(model, data[1]) / 2).backward()
+        with pytest.warns(RuntimeWarning, match=r"a backward pass began before the last one had ended, after an error"):
+            optimizer.step()
+        optimizer.zero_grad()
+        plain(model, optimizer, data, k=4)
+        table = meter.history.to_pandas()
+        assert table["noise_trace"].isna().tolist() == [True, False, False, False]
+
+    def test_parts_of_one_gradient_are_refused_in_words(self):
+        """Reentrant checkpoints back-propagate within a backward pass, part by part."""
+        model, x = small_model(), batches([4])[0].requires_grad_()
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        for _ in range(2):
+            checkpoint(model, x, use_reentrant=True).square().mean().backward()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            optimizer.step()
+        table = meter.history.to_pandas()
+        assert np.isnan(table["noise_trace"]).all() or not found
+
+    def test_what_thaws_is_measured_from_the_next_window_on(self):
+        model, data = small_model(), batches([4] * 16)
+        model[0].requires_grad_(False)
+        twin = copy.deepcopy(model)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        controller = ab.BatchController(twin, adam(twin), rule=ab.Fixed(4))
+        for index, x in enumerate(data, start=1):
+            (squared(model, x) / 4).backward()
+            controller.backward(squared(twin, x), weight=len(x))
+            if index % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                controller.step()
+                model[0].requires_grad_(True)
+                twin[0].requires_grad_(True)
+        ours, theirs = meter.history.to_pandas(), controller.history.to_pandas()
+        # The first window after it was thawed has hooks that were made before.
+        np.testing.assert_allclose(ours["noise_trace"][2:], theirs["noise_trace"][2:], rtol=1e-9)
+
+    def test_a_step_that_takes_its_backward_pass_along(self):
+        """As trainers do: the last backward pass, and clipping, within optimizer.step(closure)."""
+        model, data = small_model(), batches([4] * 24)
+        twin = copy.deepcopy(model)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        for start in range(0, 24, 4):
+            for x in data[start : start + 3]:
+                (squared(model, x) / 4).backward()
+
+            def closure(x: Tensor = data[start + 3]) -> Tensor:
+                loss = squared(model, x) / 4
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                return loss
+
+            optimizer.step(closure)
+            optimizer.zero_grad()
+        same_rows(meter, controlled(twin, data, 4, 0.1))
+
+
+class TestWords:
+    def test_one_micro_batch_says_how_to_measure(self):
+        model = small_model()
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        with pytest.warns(RuntimeWarning, match=r"one micro-batch holds no evidence .* ghost=True\)\.") as found:
+            plain(model, optimizer, batches([4] * 5), k=1)
+        assert len(found) == 1
+        assert meter.history.to_pandas()["noise_trace"].isna().all()
+
+    def test_the_first_clipping_after_none(self):
+        model, data = small_model(), batches([4] * 24)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        plain(model, optimizer, data[:8], k=4)
+        with pytest.warns(RuntimeWarning, match=r"changed before its length was measured, by clipping"):
+            plain(model, optimizer, data[8:12], k=4, clip=0.01)
+        plain(model, optimizer, data[12:], k=4, clip=0.01)
+        assert meter.history.to_pandas()["noise_trace"].isna().tolist() == [False, False, True, False, False, False]
+
+    def test_weights_for_some(self):
+        model, data = small_model(), batches([4] * 4)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        meter.weight(4)
+        squared(model, data[0]).backward()
+        squared(model, data[1]).backward()
+        with pytest.warns(RuntimeWarning, match=r"meter\.weight\(\) was called for some micro-batches"):
+            optimizer.step()
+
+    def test_a_model_that_shows_no_examples(self):
+        model = nn.ParameterList([nn.Parameter(torch.ones(3))])
+        meter = ab.NoiseMeter(model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.warns(RuntimeWarning, match=r"weights count micro-batches\. Say what each counts"):
+            model[0].square().sum().backward()
+        model[0].square().sum().backward()
+        optimizer.step()
+        assert meter.history.to_pandas()["global_batch"].tolist() == [2.0]
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"population": 0.5}, ValueError, "population must be at least 1 example, got population = 0.5"),
+            ({"scaler": 3}, ValueError, "scaler must be a torch.amp.GradScaler or None, got int"),
+            ({"metric": "l1"}, ValueError, r"metric must be one of \('euclidean', 'adam'\), got metric = 'l1'"),
+            ({"unit": "2"}, ValueError, "unit must be a word for what weights count"),
+            ({"ghost": True, "metric": "adam"}, ValueError, "metric must be 'euclidean' with ghost=True"),
+        ],
+    )
+    def test_refuses(self, options: dict[str, Any], error: type[Exception], message: str):
+        model = small_model()
+        with pytest.raises(error, match=message):
+            ab.NoiseMeter(model, adam(model), **options)
+        assert not any(p._backward_hooks for p in model.parameters())
+
+    def test_refuses_what_is_no_pair(self):
+        model = small_model()
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module and optimizer a torch\.optim"):
+            ab.NoiseMeter(adam(model), model)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"weight must be positive and finite, got weight = 0"):
+            ab.NoiseMeter(model, adam(model)).weight(0)
+
+    def test_explains(self):
+        model = small_model()
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        plain(model, optimizer, batches([4] * 200), k=4)
+        assert "noise scale" in meter.explain()
