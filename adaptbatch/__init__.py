@@ -5,8 +5,8 @@ noise against its signal, ``rules`` decide how many micro-batches the next windo
 holds them together. ``optimizer`` takes the step, ``reporting`` shows what happened, ``integrations`` bring it into
 trainers, ``planning`` says from what was measured which batch to take. Imports point down this list::
 
-    planning    controller, meter, integrations    reporting    accumulate, measure, optimizer    rules    estimate
-    records
+    planning.branches    controller, meter, integrations    reporting, planning    accumulate, measure, optimizer
+    rules    estimate    records
 """
 
 import importlib

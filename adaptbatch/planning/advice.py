@@ -298,7 +298,7 @@ def _sure(choices: list[float], confidence: float) -> str:
 def _evidence(windows: pd.DataFrame, critical: tuple[float, float, float], calibration: float, unit: str) -> str:
     share = float(np.isfinite(windows["noise_trace"].to_numpy(float)).mean())
     value, low, high = (f"{scale:,.0f}" if math.isfinite(scale) else "unbounded" for scale in critical)
-    source = "the noise scale" if calibration == 1.0 else f"{calibration:g} times the noise scale"
+    source = "the noise scale" if calibration == 1.0 else f"{calibration:.3g} times the noise scale"
     return (
         f"Critical batch {value} {unit} ({low} to {high}): {source}, integrated over {len(windows):,} windows, "
         f"{share:.0%} of them measured."
