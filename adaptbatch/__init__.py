@@ -3,11 +3,13 @@
 A window of micro-batches is *accumulated* to the exact mean gradient and *measured* on the way; ``estimate`` weighs its
 noise against its signal, ``rules`` decide how many micro-batches the next window takes, and the ``BatchController``
 holds them together. ``optimizer`` takes the step, ``reporting`` shows what happened, ``integrations`` bring it into
-trainers. Imports point down this list::
+trainers, ``planning`` says from what was measured which batch to take. Imports point down this list::
 
-    controller, integrations    reporting    accumulate, measure, optimizer    rules    estimate    records
+    planning.branches    controller, meter, integrations    reporting, planning    accumulate, measure, optimizer
+    rules    estimate    records
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from adaptbatch.controller import BatchController
@@ -18,6 +20,8 @@ from adaptbatch.reporting.history import History
 from adaptbatch.rules import Fixed, Guard, Limits, Pareto, Ramp, RelativeStandardError, Schedule, StandardError
 
 if TYPE_CHECKING:
+    from adaptbatch.planning.advice import plan
+    from adaptbatch.planning.branches import critical_batch
     from adaptbatch.reporting.html import report
 
 __version__ = "0.1.0"
@@ -36,14 +40,21 @@ __all__ = [
     "Schedule",
     "ScheduleDriver",
     "StandardError",
+    "critical_batch",
+    "plan",
     "report",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Pages bring plotting libraries: they are loaded for whoever asks for one.
-    if name == "report":
-        from adaptbatch.reporting.html import report
+# They bring pandas and plotting libraries, and are loaded for whoever asks for one.
+_LATE = {
+    "critical_batch": "adaptbatch.planning.branches",
+    "plan": "adaptbatch.planning.advice",
+    "report": "adaptbatch.reporting.html",
+}
 
-        return report
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,9 @@ import math
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.amp import GradScaler
@@ -26,6 +27,9 @@ from adaptbatch.reporting.explain import explain
 from adaptbatch.reporting.history import History, decision_row, result_row
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule, decide
 from adaptbatch.state import State
+
+if TYPE_CHECKING:
+    from adaptbatch.planning.advice import Plan
 
 # Windows between two measurements of how much the ranks' data differ, each of which costs one more norm.
 SHARDS_EVERY = 16
@@ -397,6 +401,18 @@ class BatchController(WindowLoop):
             cold,
             self.history.unit,
         )
+
+    def plan(self, batches: Iterable[float] | None = None, devices: int | None = None, **options: Any) -> Plan:
+        """:func:`adaptbatch.plan` of the windows so far, with the seconds of a step that were measured, and the ranks.
+
+        Raises:
+            ValueError: If they hold no evidence, or an argument is out of range.
+        """
+        from adaptbatch.planning.advice import plan
+
+        step = self._state.evidence().step_seconds
+        known = {"measured_on": self._ranks.world_size} | ({"seconds_per_step": step} if step > 0.0 else {})
+        return plan(self.history, batches, devices, **(known | options))
 
     def layer_noise(self) -> dict[str, NoiseEstimate]:
         """The unbiased pair of each parameter, by name, in a due window of one micro-batch; their sum is the whole's.

@@ -12,6 +12,8 @@ import pandas as pd
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+    from adaptbatch.planning.advice import Plan
+
 # Of a longer run the smallest and the largest value of as many equal parts are drawn.
 PARTS = 600
 # Slices of the ribbon; each shows the most frequent reason within it.
@@ -111,6 +113,48 @@ def draw(frames: Mapping[str, pd.DataFrame], shown: Collection[str] | None = Non
         barmode="stack",
         hovermode="closest",
         legend={"orientation": "h", "y": -0.07, "yanchor": "top"},
+        font={"family": "system-ui, sans-serif", "size": 12},
+    )
+    return figure
+
+
+def draw_tradeoff(plan: Plan) -> Figure:
+    """Steps, examples and seconds over the batch, with their intervals and the recommended batch."""
+    from plotly.graph_objects import Figure
+
+    figure, table = Figure(), plan.table
+    batches = table["batch"].tolist()
+    kinds = (("steps", "steps"), ("examples", plan.unit), ("seconds", f"seconds, devices: {plan.recommended.devices}"))
+    for (kind, name), colour in zip(kinds, COLOURS, strict=False):
+        values = table[f"{kind}_factor"]
+        if values.isna().any():
+            continue
+        dash = "dash" if kind == "seconds" else "solid"
+        style = {"color": colour, "width": 1.8, "dash": dash}
+        figure.add_scatter(x=batches, y=values, mode="lines+markers", name=f"{name} / least", line=style)
+        if kind == "seconds":
+            continue
+        high = table[f"{kind}_factor_high"].clip(upper=10.0 * values.max()).tolist()
+        figure.add_scatter(
+            x=batches + batches[::-1],
+            y=high + table[f"{kind}_factor_low"].tolist()[::-1],
+            fill="toself",
+            fillcolor=colour,
+            opacity=0.14,
+            line={"width": 0},
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    figure.add_vline(x=plan.recommended.batch, line={"color": "#666666", "width": 1, "dash": "dot"})
+    figure.update_xaxes(type="log", title_text=f"batch [{plan.unit}]", tickvals=batches, tickformat=",.0f")
+    top = table[["steps_factor", "examples_factor"]].replace(math.inf, math.nan).max().max()
+    figure.update_yaxes(type="log", title_text="over the least [1]", range=[-0.05, math.log10(1.4 * top)])
+    figure.update_layout(
+        template="plotly_white",
+        height=380,
+        margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         font={"family": "system-ui, sans-serif", "size": 12},
     )
     return figure

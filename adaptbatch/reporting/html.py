@@ -8,20 +8,26 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pandas as pd
 
-from adaptbatch.reporting.curves import PARTS, draw, unit_of
+from adaptbatch.reporting.curves import PARTS, draw, draw_tradeoff, unit_of
+
+if TYPE_CHECKING:
+    from adaptbatch.planning.advice import Plan
 
 NEEDED = ("examples_seen", "accumulation_steps", "global_batch", "reason", "loss", "noise_scale")
 # Letters of a name in the plot.
 NAME = 32
 # Rows of the table of decisions.
 MOVES = 3000
+# Of more runs no page says which batch each would take.
+PLANNED = 8
 
 
 @runtime_checkable
@@ -47,7 +53,8 @@ def report(
     """Write one self-contained page about one or more runs.
 
     It shows, over the examples seen: the loss, the accumulation steps, the noise scale with its interval beside the
-    batch, and which reason decided. Below, every move of the batch in a table that can be filtered. Long runs are
+    batch, and which reason decided; of up to eight runs that hold evidence, which batch they recommend
+    (:func:`adaptbatch.plan`). Below, every move of the batch in a table that can be filtered. Long runs are
     thinned for drawing: of each of 600 parts the smallest and the largest value stay.
 
     Args:
@@ -84,18 +91,8 @@ def report(
     plotly = _plotly()
     short = _short(frames)
     figure = draw({short[name]: frame for name, frame in frames.items()}, shown and {short[name] for name in shown})
-    plot = figure.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        include_mathjax=False,
-        div_id="plot",
-        config={
-            "displaylogo": False,
-            "responsive": True,
-            "typesetMath": False,
-            "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-        },
-    )
+    plans = _plans(frames)
+    tradeoff = _embedded(draw_tradeoff(plans[0][1]), "tradeoff") if len(frames) == len(plans) == 1 else ""
     rows, moves = decisions(frames)
     unit = unit_of(frames)
     rows = rows.rename(columns={"examples": unit})
@@ -103,7 +100,9 @@ def report(
         title=title,
         about=about,
         plotlyjs=plotly.offline.get_plotlyjs(),
-        plot=plot,
+        plot=_embedded(figure, "plot"),
+        plans=[(name, found.recommended.reason, " ".join(found.notes)) for name, found in plans],
+        tradeoff=tradeoff,
         summary=_cells(
             pd.DataFrame(summary_row(frame, unit) | {"run": name} for name, frame in frames.items()), first="run"
         ),
@@ -121,6 +120,34 @@ def report(
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(text, encoding="utf-8")
     return place
+
+
+def _embedded(figure: Any, name: str) -> str:
+    text: str = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        include_mathjax=False,
+        div_id=name,
+        config={
+            "displaylogo": False,
+            "responsive": True,
+            "typesetMath": False,
+            "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+        },
+    )
+    return text
+
+
+def _plans(frames: Mapping[str, pd.DataFrame]) -> list[tuple[str, Plan]]:
+    """Of a few runs those that hold evidence, with what it recommends."""
+    from adaptbatch.planning.advice import plan
+
+    found = []
+    for name, frame in frames.items() if len(frames) <= PLANNED else ():
+        # What a page is not about, it leaves out: a run without evidence, a table of fewer columns.
+        with suppress(ValueError):
+            found.append((name, plan(frame)))
+    return found
 
 
 # What a notebook shows of each window.
