@@ -306,7 +306,8 @@ def speed_table(
     )
     if seconds is not None:
         each = np.array([seconds.seconds(float(one), devices) for one in n])
-        total = value[0] * each
+        # Without an upper end of B, time is that of the noise alone.
+        total = each * (value[0] if math.isfinite(scale[0]) else 1.0 / n)
         table["seconds_factor"] = total / total.min()
         table["efficiency"] = n * seconds.per_example / (devices * each * value[1])
     return table
