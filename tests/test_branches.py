@@ -1,4 +1,4 @@
-"""planning/branches.py: short trainings from one state say which batch costs nothing; the training knows nothing of it."""
+"""planning/branches.py: short trainings from one state say which batch costs nothing; the training is untouched."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Job:
         tensors += [torch.as_tensor(v) for s in self.optimizer.state.values() for v in s.values()]
         tensors += [torch.get_rng_state(), self.generator.get_state()]
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        numbers = (random.random(), np.random.random(), self.optimizer.param_groups[0]["lr"])  # noqa: NPY002
+        numbers = (random.getstate(), str(np.random.get_state()), self.optimizer.param_groups[0]["lr"])  # noqa: NPY002
         return [[t.clone() for t in tensors], scaler, numbers, [m.training for m in self.model.modules()]]
 
 
@@ -141,7 +141,7 @@ class TestBranches:
                         (loss_of(model, item)[0] / size).backward()
                     other.step()
                     other.zero_grad()
-                losses.append(float(validate(model)))
+                losses.append(float(validate(model).detach()))
             assert loss == pytest.approx(np.mean(losses), rel=1e-5)
 
     def test_where_noise_rules_large_batches_are_free_and_where_it_does_not_they_cost(self):
