@@ -74,6 +74,15 @@ def require_scaler(scaler: object) -> None:
         )
 
 
+def checked_population(population: float | None) -> float:
+    """The examples of a data set as a float, infinite for None; refuse fewer than one."""
+    if population is None:
+        return math.inf
+    if not isinstance(population, Real) or not population >= 1.0:
+        raise ValueError(f"population must be at least 1 example, got population = {population!r}; None: unlimited.")
+    return float(population)
+
+
 def checked_weight(weight: float) -> float:
     """A micro-batch's weight as a float; refuse what weighs nothing, or would have to be read from a device."""
     if isinstance(weight, Tensor):

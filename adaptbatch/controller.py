@@ -7,7 +7,6 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from adaptbatch import checkpoint, estimate
 from adaptbatch.accumulate.ranks import Ranks, Sync, require_agreement, require_one_mean
-from adaptbatch.checks import require_kind, require_pair, require_shared_parameter, require_unit
+from adaptbatch.checks import checked_population, require_kind, require_pair, require_shared_parameter, require_unit
 from adaptbatch.loop import WindowLoop
 from adaptbatch.measure.result import PendingResult
 from adaptbatch.measure.sensor import Metric
@@ -24,7 +23,7 @@ from adaptbatch.optimizer.learning_rate import UNTOUCHED, Adjustment, LearningRa
 from adaptbatch.optimizer.second_moment import applied_beta2
 from adaptbatch.records import Decision, NoiseEstimate, Progress, WindowCounts
 from adaptbatch.reporting.explain import explain
-from adaptbatch.reporting.history import History, decision_row, result_row
+from adaptbatch.reporting.history import History, decision_row
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule, decide
 from adaptbatch.state import State
 
@@ -121,10 +120,7 @@ class BatchController(WindowLoop):
         )
         require_kind("guard", guard, Guard, "Guard() is the usual one")
         require_kind("learning_rate", learning_rate, LearningRate, "the optimizer has the rate, this couples it")
-        if population is not None and not (isinstance(population, Real) and population >= 1.0):
-            raise ValueError(
-                f"population must be at least 1 example, got population = {population!r}; None: unlimited."
-            )
+        size = checked_population(population)
         self.rule: Rule = RelativeStandardError() if rule is None else rule
         self.guard = guard
         self._ranks = ranks = Ranks(model, process_group, sync)
@@ -159,7 +155,7 @@ class BatchController(WindowLoop):
         self._first_row = 0
         progress = Progress(
             accumulation_steps=self.limits.lower,
-            population=math.inf if population is None else float(population),
+            population=size,
             by_example=ghost,
             world_size=ranks.world_size,
         )
@@ -325,7 +321,7 @@ class BatchController(WindowLoop):
         self.history.append(row)
         pending.row = len(self.history) - 1
         for one in arrived:
-            self._amend(one)
+            self.history.fill(one, self._state.progress.population)
         if not self._reads_first:
             # Too late to hold the step back, not too late to say so.
             for one in arrived:
@@ -344,15 +340,9 @@ class BatchController(WindowLoop):
             "skipped": skipped,
         }
 
-    def _amend(self, pending: PendingResult) -> None:
-        """Fill in a row's own measurement once it is on the host."""
-        if pending.row is not None:
-            self.history.amend(pending.row, result_row(pending.result, self._state.progress.population))
-            pending.row = None
-
     def _settle(self) -> None:
         if self._late is not None:
-            self._amend(self._late)
+            self.history.fill(self._late, self._state.progress.population)
 
     # --- several ranks ------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from adaptbatch.accumulate.gradients import Stepped, gradient_stamps
 from adaptbatch.accumulate.ranks import Ranks
 from adaptbatch.accumulate.window import Window
 from adaptbatch.checks import (
+    checked_population,
     checked_weight,
     require_pair,
     require_plain_step,
@@ -35,7 +36,7 @@ from adaptbatch.optimizer.learning_rate import UNTOUCHED
 from adaptbatch.optimizer.second_moment import applied_beta2
 from adaptbatch.records import Progress, WindowCounts
 from adaptbatch.reporting.explain import explain
-from adaptbatch.reporting.history import History, decision_row, result_row
+from adaptbatch.reporting.history import History, decision_row
 from adaptbatch.rules import Fixed, Limits, decide
 from adaptbatch.state import State
 
@@ -105,10 +106,7 @@ class NoiseMeter:
         require_shared_parameter(model, optimizer)
         require_plain_step(optimizer)
         require_scaler(scaler)
-        if population is not None and not population >= 1.0:
-            raise ValueError(
-                f"population must be at least 1 example, got population = {population!r}; None: unlimited."
-            )
+        size = checked_population(population)
         self._optimizer, self._scaler, self._ghost = optimizer, scaler, ghost
         self._ranks = Ranks(model, process_group)
         if self._ranks.sharded:
@@ -125,7 +123,7 @@ class NoiseMeter:
         )
         self._state = State(
             Progress(
-                population=math.inf if population is None else float(population),
+                population=size,
                 by_example=ghost,
                 world_size=self._ranks.world_size,
             )
@@ -344,7 +342,7 @@ class NoiseMeter:
         )
         pending.row = len(self.history) - 1
         for one in arrived:
-            self._amend(one)
+            self.history.fill(one, self._state.progress.population)
         if self._sensor.sums.cells < 2 and not self._trouble:
             self._say(_ONE_CELL)
         self._reset()
@@ -399,14 +397,9 @@ class NoiseMeter:
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
-    def _amend(self, pending: PendingResult) -> None:
-        if pending.row is not None:
-            self.history.amend(pending.row, result_row(pending.result, self._state.progress.population))
-            pending.row = None
-
     def _settle(self) -> None:
         if self._late is not None:
-            self._amend(self._late)
+            self.history.fill(self._late, self._state.progress.population)
 
     def _say(self, trouble: str) -> None:
         """Warn of what cannot be measured, once."""

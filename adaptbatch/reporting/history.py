@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from adaptbatch.measure.result import PendingResult
+
 #: The columns of a history in their order, with their pandas types.
 COLUMNS: dict[str, str] = {
     "optimizer_step": "int64",
@@ -149,6 +151,17 @@ class History:
         self._complete = max(self._complete, index + 1)
         for logger in self._loggers:
             self._tell(logger, new)
+
+    def fill(self, pending: PendingResult, population: float) -> None:
+        """Fill in a window's own measurement, if its row waits for it; reads the host.
+
+        Args:
+            pending: Of the window.
+            population: Examples in the data set, or infinity.
+        """
+        if pending.row is not None:
+            self.amend(pending.row, result_row(pending.result, population))
+            pending.row = None
 
     def watch(self, logger: Logger) -> None:
         """Give ``logger`` every row from now on, in order, as soon as it is complete.

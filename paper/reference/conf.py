@@ -29,7 +29,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|os|pathlib|types|typing)\..*"),
     ("py:.*", r"(accelerate|lightning|nn|pandas|pd|torch|transformers)\..*"),
-    ("py:class", r"Axes|adaptbatch\.reporting\.html\.Tabular|adaptbatch\.loop\.Item|.*\bAnnotated"),
+    ("py:class", r"Axes|adaptbatch\.reporting\.html\.Tabular|adaptbatch\.loop\.Item|PendingResult|.*\bAnnotated"),
 ]
 
 html_theme = "furo"
