@@ -390,6 +390,21 @@ class TestHooksOfOthers:
             handle.remove()
         goes_on(c)
 
+    @pytest.mark.parametrize("index", range(4))
+    def test_one_that_writes_to_a_single_parameter_in_place(self, index: int):
+        """Autograd makes a small gradient .grad as it is: what is measured would be changed with it, the first time."""
+        c = controlled(3)
+        p = list(c.model.parameters())[index]
+
+        def halve(p: Parameter) -> None:
+            p.grad.mul_(0.5)
+
+        handle = p.register_post_accumulate_grad_hook(halve)
+        with pytest.raises(RuntimeError, match=r"is not the one that was measured.*register_post_accumulate_grad_hook"):
+            c.backward(squared(c.model, batches([3])[0]), weight=3)
+        handle.remove()
+        goes_on(c)
+
     def test_one_that_only_looks_is_welcome(self):
         seen, c = [], controlled(2)
         for p in c.model.parameters():
@@ -735,7 +750,7 @@ def test_what_a_device_finds_late_is_refused_with_the_windows_numbers(fault: str
     data = batches([3, 3])
 
     def halve(p: Parameter) -> None:
-        p.grad.mul_(0.5)
+        p.grad = p.grad * 0.5
 
     if fault == "hook":
         for p in c.model.parameters():

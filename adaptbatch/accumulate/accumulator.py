@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adaptbatch.accumulate.gradients import (
+    MISMATCH,
     Stepped,
     copied,
     divide_gradients_,
@@ -74,11 +75,11 @@ class Accumulator:
             scale, unscales: Of the :class:`~adaptbatch.accumulate.window.Window`.
         """
         self.window, self._turn = Window(reference=reference, scale=scale, unscales=unscales), turn
-        self.suspicion.take()
 
     def close(self) -> None:
-        """No window is open."""
+        """No window is open, and none is suspected."""
         self.window = Window()
+        self.suspicion.take()
 
     @torch.no_grad()
     def make_room(self, weight: float, expected: float) -> float:
@@ -133,7 +134,7 @@ class Accumulator:
             self._checks_first = False
             arrived = gradient_sq_norm(parameters)
             off = (arrived - sq_norm).abs() > rounding(parameters, 1) * torch.maximum(arrived, sq_norm)
-            self.suspicion.refuse_if(off, _MISMATCH)
+            self.suspicion.refuse_if(off, MISMATCH)
 
     def add(self, weight: float) -> None:
         """A micro-batch of that weight is in ``.grad`` now."""
@@ -239,8 +240,9 @@ class Accumulator:
         """Of the open window's gradients, which no checkpoint of model and optimizer holds; None between windows."""
         return copied(self.parameters()) if self.window.micro_batches else None
 
-    def restore(self, gradients: Sequence[Tensor | None] | None) -> None:
-        """Put back :meth:`copies` of the window that is open."""
+    def restore(self, gradients: Sequence[Tensor | None] | None, turn: int) -> None:
+        """Put back :meth:`copies` of the window that is open, with so many before it."""
+        self._turn = turn
         if gradients is not None:
             # Parameters that were added since it was found to fit have none.
             for p, gradient in zip(self.parameters(), gradients, strict=False):
@@ -255,11 +257,6 @@ _TOUCHED = (
     "a change of type or another backward pass: its mean and its noise would be wrong. The controller unscales and "
     "clears gradients, clipping waits until step_due is true, and other losses are kept off these parameters by "
     "requires_grad_(False). discard_window() goes on without this window."
-)
-_MISMATCH = (
-    "the gradient that arrived in .grad is not the one that was measured: something changes it in between, such as a "
-    "hook of register_post_accumulate_grad_hook or one that registers itself in each pass. Change gradients in a hook "
-    "of Tensor.register_hook, which is measured, or once step_due is true; discard_window() goes on."
 )
 _EMPTIED = (
     "the due window's gradients are gone, by zero_grad() or as after a step of somebody else: step() would train "

@@ -12,6 +12,11 @@ from torch.optim import Optimizer
 from adaptbatch.accumulate.ranks import Ranks, local_part, unique_share
 
 HALF = (torch.float16, torch.bfloat16)
+MISMATCH = (
+    "the gradient that arrived in .grad is not the one that was measured: something changes it in between, such as a "
+    "hook of register_post_accumulate_grad_hook or one that registers itself in each pass. Change gradients in a hook "
+    "of Tensor.register_hook, which is measured, or once step_due is true; discard_window() goes on."
+)
 
 
 def values_of(grad: Tensor) -> Tensor:

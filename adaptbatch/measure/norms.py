@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adaptbatch.accumulate.gradients import gradient_norm, values_of
+from adaptbatch.accumulate.gradients import MISMATCH, gradient_norm, values_of
 
 
 class NormBuffer:
@@ -17,7 +17,7 @@ class NormBuffer:
         self._copies = False
         self._values = torch.zeros(size + 1, device=device, dtype=dtype)
         self._slots = self._values.unbind()
-        self._held: list[Tensor] = []
+        self._held: list[tuple[Tensor, int]] = []
 
     def writer(self, index: int) -> Callable[[Tensor], None]:
         """What writes the norm of a gradient into its slot."""
@@ -28,7 +28,8 @@ class NormBuffer:
         """Keep a small gradient until :meth:`norms`."""
         values = values_of(grad).flatten()
         # Autograd makes it .grad as it is, and DDP would average it in place before it is measured.
-        self._held.append(values.clone() if self._copies else values)
+        values = values.clone() if self._copies else values
+        self._held.append((values, values._version))
 
     def clear(self, copies: bool) -> None:
         """Nothing heard; hold small gradients as they are now, whatever becomes of them, if ``copies``."""
@@ -37,9 +38,17 @@ class NormBuffer:
         self._values.zero_()
 
     def norms(self) -> Tensor:
-        """All slots, those not written zero."""
+        """All slots, those not written zero.
+
+        Raises:
+            RuntimeError: If a gradient that was held was written to meanwhile.
+        """
         if self._held:
-            gradient_norm(torch.cat(self._held), self._slots[-1])
+            # Where it became .grad as it is, a hook on that wrote here as well: its norm would be that of the first
+            # micro-batch only.
+            if any(values._version != version for values, version in self._held):
+                raise RuntimeError(MISMATCH)
+            gradient_norm(torch.cat([values for values, _ in self._held]), self._slots[-1])
             self._held.clear()
         return self._values
 
