@@ -8,6 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,8 +18,9 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from adaptbatch.accumulate.gradients import Stepped, gradient_stamps
+from adaptbatch.accumulate.gradients import MISMATCH, Stepped, gradient_sq_norm, gradient_stamps
 from adaptbatch.accumulate.ranks import Ranks
+from adaptbatch.accumulate.seal import checks_all, rounding
 from adaptbatch.accumulate.window import Window
 from adaptbatch.checks import (
     checked_population,
@@ -34,7 +36,7 @@ from adaptbatch.measure.result import PendingResult
 from adaptbatch.measure.sensor import Metric, Sensor
 from adaptbatch.optimizer.learning_rate import UNTOUCHED
 from adaptbatch.optimizer.second_moment import applied_beta2
-from adaptbatch.records import Progress, WindowCounts
+from adaptbatch.records import Progress, WindowCounts, WindowResult
 from adaptbatch.reporting.explain import explain
 from adaptbatch.reporting.history import History, decision_row
 from adaptbatch.rules import Fixed, Limits, decide
@@ -139,8 +141,10 @@ class NoiseMeter:
         self._declared: float | None = None
         self._scale: Tensor | None = None
         self._scaler_stamp: tuple[int, int] | None = None
-        self._stamps: list[tuple[int, int] | None] = []
-        self._before: list[tuple[int, int] | None] = []
+        self._stamps: _Stamps = []
+        self._before: _Stamps = []
+        self._touched: set[int] = set()
+        self._left: Tensor | None = None
         # The first window may be clipped.
         self._measures_each = True
         self._reset()
@@ -172,23 +176,13 @@ class NoiseMeter:
         self._settle()
         state, rule = self._state, Fixed(self._state.progress.accumulation_steps)
         decision = decide(rule, state.evidence(), state.progress, self._limits)
-        cold = self._sensor.metric == "adam" and state.metric.weight == 0.0
-        rows = self.history.to_pandas()
-        return explain(
-            rule,
-            state.evidence(),
-            state.progress,
-            decision,
-            self._limits,
-            rows,
-            state.shards,
-            cold,
-            self.history.unit,
-        )
+        asks, rows = self._sensor.metric == "adam", self.history.to_pandas()
+        return explain(rule, state, decision, self._limits, rows, asks, self.history.unit)
 
     def close(self) -> None:
         """Leave nothing on model and optimizer; the history stays."""
-        if self._finalizer.alive and self._count and self._skipped_by_scaler():
+        # Of several ranks this one may be alone in closing.
+        if self._finalizer.alive and self._count and not self._ranks.several and self._skipped_by_scaler():
             self._finish(skipped=True)
         self.history.release()
         self._finalizer()
@@ -201,6 +195,7 @@ class NoiseMeter:
 
     # --- a backward pass ----------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _gradient_arrives(self) -> None:
         """Before each gradient: the first of a pass begins a micro-batch."""
         task = torch._C._current_graph_task_id()
@@ -217,17 +212,29 @@ class NoiseMeter:
             self._trouble = _FAILED
         self._in_pass, self._before = True, now
         if not self._count:
-            self._sensor.open(UNTOUCHED, self._optimizer_step)
-            self._scale = self._loss_scale()
+            self._open_window(now)
         self._sensor.begin(synchronises=self._ranks.several)
         torch.autograd.Variable._execution_engine.queue_callback(self._pass_ended)
 
-    def _was_dropped(self, now: list[tuple[int, int] | None]) -> bool:
+    def _open_window(self, now: _Stamps) -> None:
+        self._sensor.open(UNTOUCHED, self._optimizer_step)
+        self._scale = self._loss_scale()
+        # What was not cleared would count for this window's gradient. A loop may fill with zeros.
+        self._left = gradient_sq_norm(self._parameters()) if any(now) else None
+        if self._left is not None and self._left.device.type == "cpu" and self._left > 0.0:
+            self._trouble = _WRITTEN
+
+    def _was_dropped(self, now: _Stamps) -> bool:
         """Whether the window's gradients so far were cleared, without a step."""
-        if self._ranks.several:
-            # DDP lays out its buckets anew after its first pass.
-            return all(stamp is None for stamp in now)
-        return now != self._stamps
+        if not any(now):
+            return True
+        # DDP lays out its buckets anew after its first pass; a parameter that was added has no gradient yet.
+        if self._ranks.several or now[: len(self._stamps)] == self._stamps:
+            return False
+        if gradient_sq_norm(self._parameters()) == 0.0:
+            return True
+        self._trouble = _WRITTEN
+        return False
 
     def _pass_ended(self) -> None:
         """At the end of a backward pass, within it."""
@@ -246,18 +253,34 @@ class NoiseMeter:
         if stamps == self._before:
             # torch.autograd.grad() adds to no .grad.
             return
-        self._stamps = stamps
+        touched = {index for index, pair in enumerate(zip_longest(self._before, stamps)) if pair[0] != pair[1]}
+        if self._count and touched.isdisjoint(self._touched):
+            self._trouble = _PARTS
+        self._stamps, self._touched = stamps, touched
         self._count += 1
         self._backward_passes += 1
         self._measured = False
         try:
-            self._take()
+            sq_norm = self._sensor.sq_norm()
+            if self._count == 1 and sq_norm is not None and self._looks():
+                self._require_arrived(sq_norm)
+            self._take(sq_norm)
             if self._measures_each:
                 self._measure()
         except (RuntimeError, ValueError) as error:
-            self._trouble = str(error)
+            self._trouble = _WRITTEN if str(error) == MISMATCH else str(error)
 
-    def _take(self) -> None:
+    def _looks(self) -> bool:
+        """Whether this window's first gradient is compared with what was measured of it; both have to be read."""
+        return checks_all(self._state.progress.window) and not (self._ranks.several or self._left is not None)
+
+    def _require_arrived(self, sq_norm: Tensor) -> None:
+        parameters = self._parameters()
+        arrived = gradient_sq_norm(parameters)
+        if (arrived - sq_norm).abs() > rounding(parameters, 1) * torch.maximum(arrived, sq_norm):
+            self._trouble = _WRITTEN
+
+    def _take(self, sq_norm: Tensor | None) -> None:
         """Add a micro-batch of unknown share: what its sum is multiplied by is known at the window's end."""
         examples, declared = self._examples.take(), self._declared
         self._declared = None
@@ -274,8 +297,8 @@ class NoiseMeter:
             # Of each example its share is 1 / (m k) of its gradient, or 1 / n where the loop weighs its losses.
             self._sensor.take(None, weight, 1.0 if self._declares else math.sqrt(weight))
         else:
-            # Its share is 1 / k, or weight / n: with the factors of :meth:`_sums`, sum_c w_c |g_c|^2 either way.
-            self._sensor.take(None, weight if self._declares else 1.0, 1.0)
+            # Its share is 1 / k, or weight / n: with the factor of :meth:`_shared`, sum_c w_c |g_c|^2 either way.
+            self._sensor.take(None, weight if self._declares else 1.0, 1.0, sq_norm)
 
     def _measure(self) -> None:
         """The length of what is in ``.grad``."""
@@ -325,7 +348,7 @@ class NoiseMeter:
         self._ended = now
         k = window.micro_batches
         self._state, evidence, decision = self._state.sized(k).advance(
-            counts, [one.result for one in arrived], Fixed(k), self._limits
+            counts, [self._believed(one) for one in arrived], Fixed(k), self._limits
         )
         self.history.append(
             decision_row(self._state, evidence, decision, window.weight)
@@ -347,15 +370,31 @@ class NoiseMeter:
             self._say(_ONE_CELL)
         self._reset()
 
+    def _believed(self, pending: PendingResult) -> WindowResult:
+        """Its numbers; none where its gradient is longer than those that were measured allow."""
+        measured = pending.result.measurement
+        # As in a controller; communication in half precision rounds on the way.
+        margin = 0.03 if self._ranks.several else rounding(self._parameters(), pending.micro_batches)
+        if measured.finite and measured.batch_sq_norm > (1.0 + margin) * measured.mean_sq_norm:
+            self._say(_WRITTEN)
+            pending.disbelieve()
+        return pending.result
+
     def _shared(self) -> Window:
         """The window as a controller would have had it: its sums on their common scale, over all ranks."""
         sums, window = self._sensor.sums, Window(weight=self._weight, largest=self._largest)
         window.micro_batches = window.all_micro_batches = self._count
-        if self._trouble or "weighted" not in sums or "batch" not in sums:
+        if self._trouble or not sums.keys() >= _NAMES:
             self._say(self._trouble or _CHANGED)
-            nan = torch.tensor(math.nan, dtype=torch.float64)
-            sums["weighted"] = sums["batch"] = nan
+            sums.clear()
             sums.cells = max(sums.cells, 1)
+        # Ranks add the same names, whatever befell one of them.
+        names = _NAMES | _METRIC_NAMES if self._ranks.several and self._sensor.metric == "adam" else _NAMES
+        for name in sorted(names - sums.keys()):
+            sums[name] = torch.tensor(math.nan, dtype=torch.float64)
+        if self._left is not None:
+            # Not read: the host may have to wait for it.
+            sums["weighted"] = sums["weighted"].where(self._left == 0.0, math.nan)
         sums.unscale(self._scale, accumulated=True)
         declares = float(self._declares)
         if self._ranks.several:
@@ -392,7 +431,7 @@ class NoiseMeter:
         self._declares = self._measured = self._waits = False
         self._trouble = ""
         self._scale = None
-        self._scaler_stamp = None
+        self._scaler_stamp = self._left = None
         self._stamps = []
 
     # --- rows ---------------------------------------------------------------------------------------------------
@@ -406,6 +445,11 @@ class NoiseMeter:
         if trouble not in self._said:
             self._said.add(trouble)
             warnings.warn(f"NoiseMeter: {trouble}", RuntimeWarning, stacklevel=2)
+
+
+_Stamps = list[tuple[int, int] | None]
+_NAMES = {"weighted", "batch"}
+_METRIC_NAMES = {"metric_weighted", "metric_batch"}
 
 
 def _weak(method: Callable[..., None]) -> Callable[..., None]:
@@ -433,6 +477,15 @@ _FAILED = (
 _CHANGED = (
     "the window's gradient was changed before its length was measured, by clipping or unscaling it for the first time; "
     "the window is not measured, those after it are."
+)
+_WRITTEN = (
+    "something else than the measured backward passes writes to .grad within the window (clipping or a mask between "
+    "micro-batches, a hook on accumulated gradients, gradients left from before it); the window is not measured. "
+    "Change gradients once the window is complete, or in a hook of Tensor.register_hook."
+)
+_PARTS = (
+    "backward passes of a window computed gradients of different parameters, as parts of one gradient that arrive one "
+    "by one (reentrant activation checkpointing; use_reentrant=False); the window is not measured."
 )
 _MIXED = (
     "meter.weight() was called for some micro-batches of the window and not for others, whose shares are unknown; the "

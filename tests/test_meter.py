@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import adaptbatch as ab
+from tests import reference
+from tests.processes import spawn
 from tests.test_controller import batches, small_model, squared
 
 MEASURED = [
@@ -30,6 +34,11 @@ def same_rows(meter: ab.NoiseMeter, controller: ab.BatchController, rtol: float 
     pd.testing.assert_frame_equal(ours[MEASURED], theirs[MEASURED], check_exact=False, rtol=rtol, atol=1e-9)
     assert ours["reason"].tolist() == theirs["reason"].tolist()
     assert ours["noise_scale"].notna().any()
+
+
+def halve(p: nn.Parameter) -> None:
+    assert p.grad is not None
+    p.grad.mul_(0.5)
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -257,36 +266,99 @@ class TestOtherPasses:
         table = meter.history.to_pandas()
         assert table["noise_trace"].isna().tolist() == [True, False, False, False]
 
-    def test_parts_of_one_gradient_are_refused_in_words(self):
-        """Reentrant checkpoints back-propagate within a backward pass, part by part."""
-        model, x = small_model(), batches([4])[0].requires_grad_()
+    def test_a_reentrant_checkpoint_around_all_is_one_pass(self):
+        model, data = small_model(), batches([4] * 12)
+        twin = copy.deepcopy(model)
         meter = ab.NoiseMeter(model, optimizer := adam(model))
-        for _ in range(2):
-            checkpoint(model, x, use_reentrant=True).square().mean().backward()
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            optimizer.step()
-        table = meter.history.to_pandas()
-        assert np.isnan(table["noise_trace"]).all() or not found
+        for index, x in enumerate(data, start=1):
+            (checkpoint(model, x.clone().requires_grad_(), use_reentrant=True).square().mean() / 4).backward()
+            if index % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        controller = ab.BatchController(twin, adam(twin), rule=ab.Fixed(4))
+        for x in controller.micro_batches(data):
+            controller.backward(twin(x).square().mean(), weight=len(x))
+            if controller.step_due:
+                controller.step()
+        same_rows(meter, controller)
 
-    def test_what_thaws_is_measured_from_the_next_window_on(self):
+    def test_parts_of_one_gradient_are_no_micro_batches(self):
+        """Two reentrant checkpoints back-propagate one after the other, each its own parameters."""
+        model, optimizer_of = small_model(), adam
+        meter = ab.NoiseMeter(model, optimizer := optimizer_of(model))
+        for x in batches([4] * 2):
+            hidden = checkpoint(model[:2], x.requires_grad_(), use_reentrant=True)
+            checkpoint(model[2:], hidden, use_reentrant=True).square().mean().backward()
+        with pytest.warns(RuntimeWarning, match=r"gradients of different parameters, as parts|within it as reentrant"):
+            optimizer.step()
+        assert meter.history.to_pandas()["noise_trace"].isna().all()
+
+    @pytest.mark.parametrize("where", ["within", "before", "hook"])
+    def test_what_else_writes_to_gradients_is_said(self, where: str):
+        model, data = small_model(), batches([4] * 4)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        if where == "before":
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+        if where == "hook":
+            model[0].weight.register_post_accumulate_grad_hook(halve)
+        for x in data:
+            (squared(model, x) / 4).backward()
+            if where == "within":
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        with pytest.warns(RuntimeWarning, match=r"something else than the measured backward passes writes to \.grad"):
+            optimizer.step()
+        optimizer.zero_grad()
+        assert meter.history.to_pandas()["noise_trace"].isna().all()
+
+    @pytest.mark.filterwarnings("error")
+    def test_gradients_that_are_filled_with_zeros_are_none(self):
+        """In the first window, too: what somebody left there was cleared."""
+        model, data = small_model(), batches([4] * 8)
+        twin = copy.deepcopy(model)
+        squared(model, data[0]).backward()
+        model.zero_grad(set_to_none=False)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        plain(model, optimizer, data, k=4, set_to_none=False)
+        same_rows(meter, controlled(twin, data, 4))
+
+    def test_an_evaluation_in_between_counts_no_examples(self):
+        model, data = small_model(), batches([4] * 12)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+        for index, x in enumerate(data, start=1):
+            (squared(model, x) / 4).backward()
+            if index % 4 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                model(batches([50])[0])
+        assert meter.history.to_pandas()["global_batch"].tolist() == [16.0] * 3
+
+    def test_what_thaws_within_a_window_costs_one_and_is_measured_from_the_next_on(self):
         model, data = small_model(), batches([4] * 16)
         model[0].requires_grad_(False)
         twin = copy.deepcopy(model)
         meter = ab.NoiseMeter(model, optimizer := adam(model))
         controller = ab.BatchController(twin, adam(twin), rule=ab.Fixed(4))
-        for index, x in enumerate(data, start=1):
-            (squared(model, x) / 4).backward()
-            controller.backward(squared(twin, x), weight=len(x))
-            if index % 4 == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-                controller.step()
-                model[0].requires_grad_(True)
-                twin[0].requires_grad_(True)
-        ours, theirs = meter.history.to_pandas(), controller.history.to_pandas()
-        # The first window after it was thawed has hooks that were made before.
-        np.testing.assert_allclose(ours["noise_trace"][2:], theirs["noise_trace"][2:], rtol=1e-9)
+
+        def window(part: list[Tensor]) -> None:
+            for x in part:
+                (squared(model, x) / 4).backward()
+                controller.backward(squared(twin, x), weight=len(x))
+            optimizer.step()
+            optimizer.zero_grad()
+            controller.step()
+
+        window(data[:4])
+        for net in (model, twin):
+            net[0].requires_grad_(True)
+        with pytest.warns(RuntimeWarning, match="something else than the measured backward passes"):
+            window(data[4:8])
+        window(data[8:12])
+        window(data[12:])
+        ours, theirs = meter.history.to_pandas()["noise_trace"], controller.history.to_pandas()["noise_trace"]
+        assert ours.isna().tolist() == [False, True, False, False]
+        np.testing.assert_allclose(ours[2:], theirs[2:], rtol=1e-9)
 
     def test_a_step_that_takes_its_backward_pass_along(self):
         """As trainers do: the last backward pass, and clipping, within optimizer.step(closure)."""
@@ -306,6 +378,134 @@ class TestOtherPasses:
             optimizer.step(closure)
             optimizer.zero_grad()
         same_rows(meter, controlled(twin, data, 4, 0.1))
+
+
+def replicated(rank: int, synced: str, clip: float | None) -> dict[str, Any]:
+    """A hand-written DDP loop of unequal ranks: rank 1 has larger micro-batches."""
+    data = batches([4 + 2 * rank] * 24, seed=rank)
+    model = DistributedDataParallel(small_model())
+    meter = ab.NoiseMeter(model, optimizer := adam(model))
+    for start in range(0, len(data), 3):
+        for index, x in enumerate(data[start : start + 3]):
+            quiet = synced == "last" and index < 2
+            with model.no_sync() if quiet else nullcontext():
+                (squared(model, x) / 3).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return meter.history.to_pandas().to_dict("list")
+
+
+class TestSeveralRanks:
+    @pytest.mark.parametrize(("synced", "clip"), [("last", None), ("last", 0.05), ("every", 0.05)])
+    def test_the_rows_are_those_of_one_process_with_all_cells(self, tmp_path: Path, synced: str, clip: float | None):
+        """The mean over ranks of means over micro-batches: each a cell of equal weight, a sixth of thirty examples."""
+        first, second = (pd.DataFrame(rows)[MEASURED] for rows in spawn(replicated, tmp_path, synced, clip))
+        pd.testing.assert_frame_equal(first, second, check_exact=True)
+        model = small_model()
+        optimizer, rows = adam(model), []
+        ranks = [batches([4 + 2 * rank] * 24, seed=rank) for rank in (0, 1)]
+        for start in range(0, 24, 3):
+            cells = []
+            for x in [x for data in ranks for x in data[start : start + 3]]:
+                gradients = torch.autograd.grad(squared(model, x), list(model.parameters()))
+                cells.append((5.0, torch.cat([g.reshape(-1) for g in gradients]).numpy()))
+            trace, signal = reference.anova(cells)
+            rows.append((trace, signal))
+            mean = np.mean([g for _, g in cells], axis=0)
+            parts = torch.from_numpy(mean).split([p.numel() for p in model.parameters()])
+            for p, part in zip(model.parameters(), parts, strict=True):
+                p.grad = part.reshape(p.shape).clone()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+        expected = np.array(rows)
+        np.testing.assert_allclose(first["noise_trace"], expected[:, 0], rtol=1e-6)
+        np.testing.assert_allclose(first["grad_sq_norm"], expected[:, 1], rtol=1e-6, atol=1e-12)
+        assert first["global_batch"].tolist() == [30.0] * 8
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+class TestTrainers:
+    """Scripts that know nothing of it, but for one line."""
+
+    @pytest.mark.parametrize("k", [1, 4])
+    def test_lightning(self, tmp_path: Path, k: int):
+        import lightning
+
+        class Module(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = small_model(dtype=torch.float32)
+                self.meter: ab.NoiseMeter | None = None
+
+            def training_step(self, batch: Tensor, index: int) -> Tensor:
+                return squared(self.net, batch)
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                optimizer = adam(self)
+                self.meter = ab.NoiseMeter(self, optimizer, ghost=k == 1)
+                return optimizer
+
+        data, module = batches([4] * 48, dtype=torch.float32), Module()
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            accumulate_grad_batches=k,
+            gradient_clip_val=0.05,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, torch.utils.data.DataLoader(torch.cat(list(data)), batch_size=4))
+        assert module.meter is not None
+        controller = controlled(small_model(dtype=torch.float32), data, k, 0.05, ghost=k == 1)
+        same_rows(module.meter, controller, rtol=1e-4)
+        assert ab.plan(module.meter.history, micro_batch=4.0).recommended.batch > 0.0
+
+    def test_transformers(self, tmp_path: Path):
+        from transformers import Trainer, TrainingArguments
+
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = small_model(dtype=torch.float32)
+
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                return {"loss": squared(self.net, x)}
+
+        data, model = batches([4] * 16, dtype=torch.float32), Net()
+        optimizer = adam(model)
+        meter = ab.NoiseMeter(model, optimizer)
+        arguments = TrainingArguments(
+            tmp_path,
+            num_train_epochs=1,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=4,
+            max_grad_norm=0.05,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+        )
+        rows = [{"x": x} for x in torch.cat(list(data))]
+        collate = lambda items: {"x": torch.stack([item["x"] for item in items])}  # noqa: E731
+        Trainer(model, arguments, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)).train()
+        same_rows(meter, controlled(small_model(dtype=torch.float32), data, 4, 0.05), rtol=1e-4)
+
+    def test_a_compiled_model(self):
+        model, data = small_model(), batches([4] * 12)
+        twin = copy.deepcopy(model)
+        whole = torch.compile(model, backend="eager")
+        meter = ab.NoiseMeter(whole, optimizer := adam(model))
+        plain(whole, optimizer, data, k=4, clip=0.05)
+        same_rows(meter, controlled(twin, data, 4, 0.05))
 
 
 class TestWords:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
 class ExampleCount:
-    """The first dimension of the first tensor that a model is called with, between two backward passes.
+    """The first dimension of the first tensor that a model is called with, for gradients, between two backward passes.
 
     A trainer may call parts of the model and never the whole: then the part that is called first counts.
 
@@ -26,26 +26,30 @@ class ExampleCount:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._seen: int | None = None
-        self._parts = False
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._called, with_kwargs=True)]
+        hooks = [module.register_forward_pre_hook(self._called, with_kwargs=True) for module in model.modules()]
+        self._whole, self._parts = hooks[0], hooks[1:]
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._seen is None:
+        if module is self._model:
+            self._forget_parts()
+        # Of a call for evaluation no backward pass follows.
+        if self._seen is None and torch.is_grad_enabled():
             self._seen = first_dimension((args, kwargs))
 
     def take(self) -> int | None:
         """The number of examples since the last time; None where no call showed it."""
         seen, self._seen = self._seen, None
-        if seen is None and not self._parts:
-            self._parts = True
-            parts = (module for module in self._model.modules() if module is not self._model)
-            self._handles += [part.register_forward_pre_hook(self._called, with_kwargs=True) for part in parts]
         return seen
+
+    def _forget_parts(self) -> None:
+        for handle in self._parts:
+            handle.remove()
+        self._parts = []
 
     def close(self) -> None:
         """Leave no hook."""
-        for handle in self._handles:
-            handle.remove()
+        self._whole.remove()
+        self._forget_parts()
 
 
 def first_dimension(batch: Any) -> int | None:

@@ -57,8 +57,7 @@ class PendingResult:
         """One that has arrived already; its history row is another run's."""
         counts = result.measurement.global_batch, result.measurement.cells
         arrived = cls(*counts, (), HostCopy.of(()), 0, result.lr, 0)
-        # In place of what it would be made of.
-        arrived.__dict__["_measured"] = result
+        arrived._measured = result
         return arrived
 
     @property
@@ -66,6 +65,12 @@ class PendingResult:
         """All its numbers; waits for them."""
         measured = self._measured
         return measured if self.lr_factor == 1.0 else replace(measured, lr=self.lr_factor * measured.lr)
+
+    def disbelieve(self) -> None:
+        """Its gradient is not that of its measurements: both are evidence of nothing."""
+        measured = self._measured.measurement
+        unknown = replace(measured, weighted_sq_norms=math.nan, batch_sq_norm=math.nan)
+        self._measured = replace(self._measured, measurement=unknown, in_metric=None, applied_sq_norm=math.nan)
 
     @cached_property
     def suspect(self) -> bool:
