@@ -146,7 +146,7 @@ class BatchController(WindowLoop):
         self._skips_nonfinite = skip_nonfinite or scaler is not None
         self._skips_in_a_row = 0
         # On a GPU without the check before the step, nothing may wait for this window's numbers.
-        self._read_late = not self._reads_first and not self._accumulator.suspicion.reads_now
+        self._read_late = not self._reads_first and self._accumulator.parameters()[0].device.type == "cuda"
         self._late: PendingResult | None = None
         self._seconds = (0.0, 0.0)
         self._shared: dict[str, float] = {}
@@ -378,19 +378,8 @@ class BatchController(WindowLoop):
     def explain(self) -> str:
         """Why ``k`` is what it is, in three sentences: what was measured, what was decided, what speaks against it."""
         self._settle()
-        state, rows = self._state, self.history.to_pandas()
-        cold = self._sensor.metric == "adam" and state.metric.weight == 0.0
-        return explain(
-            self.rule,
-            state.evidence(),
-            state.progress,
-            self._decision,
-            self.limits,
-            rows,
-            state.shards,
-            cold,
-            self.history.unit,
-        )
+        asks, rows = self._sensor.metric == "adam", self.history.to_pandas()
+        return explain(self.rule, self._state, self._decision, self.limits, rows, asks, self.history.unit)
 
     def plan(self, batches: Iterable[float] | None = None, devices: int | None = None, **options: Any) -> Plan:
         """:func:`adaptbatch.plan` of the windows so far, with the seconds of a step that were measured, and the ranks.

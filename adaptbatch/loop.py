@@ -408,7 +408,7 @@ class WindowLoop(ABC):
         self._attach()
         if self._restored.gradients is not None:
             self._sensor.restore(self._sensor.sums, self._stepper.applied, self._optimizer_step)
-        self._accumulator.restore(self._restored.gradients)
+        self._accumulator.restore(self._restored.gradients, self._turn)
         self._sensor.load(self._restored)
         self._restored = None
 

@@ -21,7 +21,7 @@ from adaptbatch.schema import (
     PositiveOrNan,
     Square,
     Sum,
-    a,
+    instance,
 )
 
 #: Why a window has its size.
@@ -252,4 +252,4 @@ class Decision:
 
     accumulation_steps: Natural
     target_batch: Number
-    reason: Annotated[Reason, a(str, "be a text")]
+    reason: Annotated[Reason, instance(str, "be a text")]

@@ -217,7 +217,7 @@ def whole(least: int) -> Check:
     return check
 
 
-def a(kind: type, expected: str) -> Check:
+def instance(kind: type, expected: str) -> Check:
     """Of a value of that kind."""
 
     def check(name: str, value: Any) -> None:
@@ -286,7 +286,6 @@ Population = Annotated[float, number("be a number of at least 1", lambda x: x >=
 Moment = Annotated[float, number("be a finite number or -inf", lambda x: x < math.inf)]
 Count = Annotated[int, whole(0)]
 Natural = Annotated[int, whole(1)]
-Flag = Annotated[bool, a(bool, "be True or False")]
-Text = Annotated[str, a(str, "be a text")]
+Flag = Annotated[bool, instance(bool, "be True or False")]
 #: Check of a list of gradients, None where a parameter has none.
 GRADIENTS = each(none_or(tensor(scalar=False)))

@@ -136,7 +136,7 @@ class TestContent:
             (
                 {"runs": 3},
                 TypeError,
-                "runs must be histories, DataFrames or places of Parquet files, got int for 'run'",
+                "runs must be histories, DataFrames or places of Parquet or CSV files, got int for 'run'",
             ),
             ({"runs": pd.DataFrame({"loss": [1.0]})}, ValueError, r"'run' lacks \['examples_seen'"),
             ({"runs": History()}, ValueError, "runs must have at least one window, 'run' has none"),

@@ -150,22 +150,20 @@ class Sensor:
             sums: Measure this rank's own mean too; in a window's last, synchronising micro-batch.
             synchronises: Whether the pass averages gradients over ranks, in place.
         """
-        probe = self._probe
-        if isinstance(probe, GradientProbe):
-            with probe.listening(sums and not self._ranks.sharded, synchronises):
-                yield
-        else:
-            with probe.listening():
-                yield
+        self.begin(sums, synchronises)
+        try:
+            yield
+        finally:
+            self.end_pass()
 
     def watch(self, on_gradient: Callable[[], None]) -> None:
         """Have ``on_gradient`` called before each gradient, in whoever's backward pass."""
         self._probe.on_gradient = on_gradient
 
-    def begin(self, synchronises: bool = False) -> None:
+    def begin(self, sums: bool = False, synchronises: bool = False) -> None:
         """:meth:`listening` begins."""
         if isinstance(self._probe, GradientProbe):
-            self._probe.begin(synchronises=synchronises)
+            self._probe.begin(sums and not self._ranks.sharded, synchronises)
         else:
             self._probe.begin()
 

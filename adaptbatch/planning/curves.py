@@ -23,8 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +32,7 @@ import pandas as pd
 from adaptbatch.estimate import noise_scale, noise_scale_interval
 from adaptbatch.estimate.typical import BOUND
 from adaptbatch.records import NoiseEstimate
+from adaptbatch.reporting.tables import table_of
 
 #: What a table of windows must have.
 NEEDED = ("examples_seen", "accumulation_steps", "global_batch", "grad_sq_norm", "noise_trace")
@@ -62,14 +61,8 @@ def read_windows(history: Any) -> pd.DataFrame:
 'grad_sq_norm', 'noise_trace'], it lacks ['examples_seen', 'accumulation_steps', 'global_batch', 'grad_sq_norm', \
 'noise_trace']; history.to_pandas() has them.
     """
-    if isinstance(history, pd.DataFrame):
-        frame = history
-    elif isinstance(history, str | PathLike):
-        place = Path(history)
-        frame = pd.read_csv(place) if place.suffix == ".csv" else pd.read_parquet(place)
-    elif hasattr(history, "to_pandas"):
-        frame = history.to_pandas()
-    else:
+    frame = table_of(history)
+    if frame is None:
         raise TypeError(
             f"history must be a History, its DataFrame or the place of its Parquet or CSV file, got "
             f"{type(history).__name__}; controller.history is one."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -135,17 +135,7 @@ def draw_tradeoff(plan: Plan) -> Figure:
         if kind == "seconds":
             continue
         high = table[f"{kind}_factor_high"].clip(upper=10.0 * values.max()).tolist()
-        figure.add_scatter(
-            x=batches + batches[::-1],
-            y=high + table[f"{kind}_factor_low"].tolist()[::-1],
-            fill="toself",
-            fillcolor=colour,
-            opacity=0.14,
-            line={"width": 0},
-            mode="lines",
-            hoverinfo="skip",
-            showlegend=False,
-        )
+        _between(figure, batches, table[f"{kind}_factor_low"].tolist(), high, colour)
     figure.add_vline(x=plan.recommended.batch, line={"color": "#666666", "width": 1, "dash": "dot"})
     figure.update_xaxes(type="log", title_text=f"batch [{plan.unit}]", tickvals=batches, tickformat=",.0f")
     top = table[["steps_factor", "examples_factor"]].replace(math.inf, math.nan).max().max()
@@ -203,6 +193,22 @@ def segments(frame: pd.DataFrame) -> Iterator[tuple[float, float, str]]:
         yield float(starts[i]), float(ends[j] - starts[i]), str(reasons[i])
 
 
+def _between(figure: Figure, x: list[float], low: list[float], high: list[float], colour: str, **more: Any) -> None:
+    """The area between two curves, which no legend names."""
+    figure.add_scatter(
+        x=x + x[::-1],
+        y=high + low[::-1],
+        fill="toself",
+        fillcolor=colour,
+        opacity=0.14,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        **more,
+    )
+
+
 def _band(figure: Figure, frame: pd.DataFrame, name: str, colour: str, visible: bool | str) -> None:
     """The interval of the noise scale; where it is unbounded it is drawn up to ten times the largest finite value."""
     if not {"noise_scale_low", "noise_scale_high"} <= set(frame):
@@ -214,22 +220,8 @@ def _band(figure: Figure, frame: pd.DataFrame, name: str, colour: str, visible: 
     x, high = part["examples_seen"].tolist(), part["noise_scale_high"].replace(math.inf, top).tolist()
     # A logarithmic axis has no zero.
     low = part["noise_scale_low"].clip(lower=top * 1e-9).tolist()
-    figure.add_scatter(
-        x=x + x[::-1],
-        y=high + low[::-1],
-        fill="toself",
-        fillcolor=colour,
-        opacity=0.14,
-        line={"width": 0},
-        mode="lines",
-        hoverinfo="skip",
-        name=f"interval, {name}",
-        legendgroup=name,
-        showlegend=False,
-        visible=visible,
-        row=3,
-        col=1,
-    )
+    place = {"legendgroup": name, "visible": visible, "row": 3, "col": 1}
+    _between(figure, x, low, high, colour, name=f"interval, {name}", **place)
     bounded = part[["noise_scale", "noise_scale_low"]].replace(math.inf, math.nan)
     if bounded["noise_scale"].notna().any():
         largest, smallest = bounded["noise_scale"].max(), bounded["noise_scale"].min()

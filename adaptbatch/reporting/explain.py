@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from adaptbatch import estimate
 from adaptbatch.records import Decision, Evidence, Progress
 from adaptbatch.rules import Limits, Rule
+from adaptbatch.state import State
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,41 +41,38 @@ _WHY_OPEN = {
 
 def explain(
     rule: Rule,
-    evidence: Evidence,
-    progress: Progress,
+    state: State,
     decision: Decision,
     limits: Limits,
     rows: pd.DataFrame,
-    shards: estimate.ShardTracker,
-    cold_metric: bool = False,
+    asks_metric: bool = False,
     unit: str = "examples",
 ) -> str:
     """Three sentences: what was measured, what was decided and why, what to be careful about.
 
     Args:
         rule: That decided.
-        evidence: It decided on.
-        progress: After the decision.
-        decision: The last one.
-        limits: Resolved ones.
+        state: After its decision.
+        decision: For the next window.
+        limits: It kept within.
         rows: The history, for the share of windows at the limits.
-        shards: Whether the ranks' data differ.
-        cold_metric: Whether the optimizer's metric was asked for and there is none yet.
+        asks_metric: Whether the optimizer's metric was asked for.
         unit: What weights count.
 
     Example:
         >>> import pandas as pd
         >>> from adaptbatch import Fixed
-        >>> at = Progress(accumulation_steps=2, micro_batch_examples=64.0, examples_seen=0.0)
-        >>> decision = Decision(2, 128.0, "hold")
-        >>> text = explain(Fixed(2), Evidence(), at, decision, Limits(1), pd.DataFrame(), estimate.ShardTracker())
+        >>> state = State(Progress(accumulation_steps=2, micro_batch_examples=64.0))
+        >>> text = explain(Fixed(2), state, Decision(2, 128.0, "hold"), Limits(1), pd.DataFrame())
         >>> print(text.split(". ")[0])
         No window has told anything about the noise yet
     """
+    evidence, progress = state.evidence(), state.progress
+    cold = asks_metric and state.metric.weight == 0.0
     parts = (
         _measured(evidence, progress, unit),
         _decided(rule, decision, progress, unit),
-        _careful(evidence, limits, rows, shards, cold_metric, unit),
+        _careful(evidence, limits, rows, state.shards, cold, unit),
     )
     return " ".join(parts)
 

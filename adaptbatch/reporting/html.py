@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import pandas as pd
 
 from adaptbatch.reporting.curves import PARTS, draw, draw_tradeoff, unit_of
+from adaptbatch.reporting.tables import table_of
 
 if TYPE_CHECKING:
     from adaptbatch.planning.advice import Plan
@@ -243,15 +244,11 @@ def _name(source: object) -> str:
 
 
 def _frame(name: str, source: object) -> pd.DataFrame:
-    if isinstance(source, pd.DataFrame):
-        frame = source
-    elif isinstance(source, Tabular):
-        frame = source.to_pandas()
-    elif isinstance(source, str | PathLike):
-        frame = pd.read_parquet(Path(source))
-    else:
+    frame = table_of(source)
+    if frame is None:
         raise TypeError(
-            f"runs must be histories, DataFrames or places of Parquet files, got {type(source).__name__} for {name!r}."
+            f"runs must be histories, DataFrames or places of Parquet or CSV files, got {type(source).__name__} for "
+            f"{name!r}."
         )
     missing = [column for column in NEEDED if column not in frame]
     if missing:

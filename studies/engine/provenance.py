@@ -20,13 +20,14 @@ FILE = "provenance.json"
 # The package's modules by what they do, as paths within it.
 DECISION = ("records.py", "state.py", "estimate/*.py", "rules/*.py")
 MEASUREMENT = ("checks.py", "accumulate/*.py", "measure/*.py")
-LOOP = ("controller.py", "optimizer/*.py", "reporting/history.py")
+FRAME = ("controller.py", "loop.py", "reporting/history.py")
+LOOP = (*FRAME, "optimizer/*.py")
 
 # What each study measures of the package itself.
 MEASURED: dict[str, tuple[str, ...]] = {
     "quick": (*DECISION, *MEASUREMENT, *LOOP),
     "closed-loop": DECISION,
-    "calibration": ("records.py", "state.py", "estimate/*.py", "controller.py", "reporting/history.py", *MEASUREMENT),
+    "calibration": ("records.py", "state.py", "estimate/*.py", *MEASUREMENT, *FRAME),
     "overhead": (*DECISION, *MEASUREMENT, *LOOP, "measure/ghost/*.py"),
 }
 

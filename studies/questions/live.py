@@ -10,8 +10,8 @@ same loss. The loss is ``test_loss``: all normal rows of the test set, at the en
 ``final`` on the probe set, on three seeds of their own, from the same five rates for every arm; reported seeds are
 fresh. (Six rates were planned; 5e-4 and 1e-3 were dropped once three seeds of the smallest batch, where rates are
 lowest, had ended at 36.6 and 33.8 with them, against 32.0 and 31.0 at 2e-3 and 4e-3, before any other batch was run.)
-(And a fifth, 3.2e-2, was added for every arm once the best of the four for fixed 64 to 512 had been the largest of them:
-after eight seeds of the untuned arms had been seen, hence only in the frontier's favour.)
+(And a fifth, 3.2e-2, was added for every arm once the best of the four for fixed 64 to 512 had been the largest of
+them: after eight seeds of the untuned arms had been seen, hence only in the frontier's favour.)
 
 Fixed batches are computed in passes of at most 128 examples: the same examples and the same update, to rounding.
 *Untuned* arms take the rate that was tuned for the batch they start from, two micro-batches (with ghost norms: one), at
