@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 import warnings
 import weakref
 from collections.abc import Callable
-from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from adaptbatch.accumulate.gradients import MISMATCH, Stepped, gradient_sq_norm, gradient_stamps
+from adaptbatch.accumulate.gradients import Stepped
 from adaptbatch.accumulate.ranks import Ranks
-from adaptbatch.accumulate.seal import checks_all, rounding
-from adaptbatch.accumulate.window import Window
+from adaptbatch.accumulate.seal import rounding
 from adaptbatch.checks import (
     checked_population,
     checked_weight,
@@ -32,6 +28,7 @@ from adaptbatch.checks import (
     require_unit,
 )
 from adaptbatch.measure.examples import ExampleCount
+from adaptbatch.measure.passes import WRITTEN, Passes
 from adaptbatch.measure.result import PendingResult
 from adaptbatch.measure.sensor import Metric, Sensor
 from adaptbatch.optimizer.learning_rate import UNTOUCHED
@@ -78,6 +75,7 @@ class NoiseMeter:
         McCandlish et al. 2018, arXiv:1812.06162, appendix A.1 (two batch sizes; here by analysis of variance).
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(3, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> meter = NoiseMeter(model, optimizer)
@@ -109,52 +107,40 @@ class NoiseMeter:
         require_plain_step(optimizer)
         require_scaler(scaler)
         size = checked_population(population)
-        self._optimizer, self._scaler, self._ghost = optimizer, scaler, ghost
+        self._optimizer = optimizer
         self._ranks = Ranks(model, process_group)
         if self._ranks.sharded:
             raise ValueError(
                 "model must not be sharded for a NoiseMeter, got fully_shard, whose gradients are in no .grad before "
                 "they are synchronised; use a BatchController with rule=Fixed(k), or DistributedDataParallel."
             )
+        world = self._ranks.world_size
         self._sensor = Sensor(model, optimizer, metric=metric, ghost=ghost, ranks=self._ranks)
-        self._parameters = Stepped(optimizer)
-        self._examples = ExampleCount(model)
+        self._parameters, examples = Stepped(optimizer), ExampleCount(model)
+        self._passes = Passes(
+            self._sensor,
+            examples,
+            self._parameters,
+            self._ranks,
+            scaler,
+            by_example=ghost,
+            on_skipped=_weak(self._step_skipped),
+            say=_weak(self._say),
+        )
         self.history = History(self._settle, unit)
-        self._limits = Limits(max_steps=sys.maxsize).resolve(
-            Fixed(1), world_size=self._ranks.world_size, by_example=ghost
-        )
-        self._state = State(
-            Progress(
-                population=size,
-                by_example=ghost,
-                world_size=self._ranks.world_size,
-            )
-        )
+        self._limits = Limits(max_steps=sys.maxsize).resolve(Fixed(1), world_size=world, by_example=ghost)
+        self._state = State(Progress(population=size, by_example=ghost, world_size=world))
         self._read_late = self._parameters()[0].device.type == "cuda" and not self._ranks.several
         self._late: PendingResult | None = None
-        self._optimizer_step = self._backward_passes = 0
         self._started = self._ended = time.perf_counter()
         self._said: set[str] = set()
-        self._task = -1
-        self._in_pass = False
-        self._weight = self._largest = 0.0
-        self._declared: float | None = None
-        self._scale: Tensor | None = None
-        self._scaler_stamp: tuple[int, int] | None = None
-        self._stamps: _Stamps = []
-        self._before: _Stamps = []
-        self._touched: set[int] = set()
-        self._left: Tensor | None = None
-        # The first window may be clipped.
-        self._measures_each = True
-        self._reset()
-        self._sensor.watch(_weak(self._gradient_arrives))
-        self._handles: list[RemovableHandle] = [
+        self._waits = False
+        handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(_weak(self._step_begins)),
             optimizer.register_step_post_hook(_weak(self._step_ended)),
         ]
         # A meter that is dropped without close() leaves no hook behind.
-        self._finalizer = weakref.finalize(self, _unhook, self._sensor, self._examples, self._handles)
+        self._finalizer = weakref.finalize(self, _unhook, self._sensor, examples, handles)
         self._finalizer.atexit = False
 
     def __repr__(self) -> str:
@@ -169,7 +155,7 @@ class NoiseMeter:
         Raises:
             ValueError: If it is of another kind.
         """
-        self._declared = checked_weight(weight)
+        self._passes.declared = checked_weight(weight)
 
     def explain(self) -> str:
         """What was measured, in three sentences."""
@@ -182,7 +168,7 @@ class NoiseMeter:
     def close(self) -> None:
         """Leave nothing on model and optimizer; the history stays."""
         # Of several ranks this one may be alone in closing.
-        if self._finalizer.alive and self._count and not self._ranks.several and self._skipped_by_scaler():
+        if self._finalizer.alive and not self._ranks.several and self._passes.skipped_by_scaler():
             self._finish(skipped=True)
         self.history.release()
         self._finalizer()
@@ -193,118 +179,6 @@ class NoiseMeter:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self.close()
 
-    # --- a backward pass ----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _gradient_arrives(self) -> None:
-        """Before each gradient: the first of a pass begins a micro-batch."""
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        self._task = task
-        now = gradient_stamps(self._parameters())
-        if self._count and self._was_dropped(now):
-            if self._skipped_by_scaler():
-                self._finish(skipped=True)
-            self._reset()
-        if self._in_pass:
-            # A pass that failed; or one within another, whose parts are no gradients of micro-batches.
-            self._trouble = _FAILED
-        self._in_pass, self._before = True, now
-        if not self._count:
-            self._open_window(now)
-        self._sensor.begin(synchronises=self._ranks.several)
-        torch.autograd.Variable._execution_engine.queue_callback(self._pass_ended)
-
-    def _open_window(self, now: _Stamps) -> None:
-        self._sensor.open(UNTOUCHED, self._optimizer_step)
-        self._scale = self._loss_scale()
-        # What was not cleared would count for this window's gradient. A loop may fill with zeros.
-        self._left = gradient_sq_norm(self._parameters()) if any(now) else None
-        if self._left is not None and self._left.device.type == "cpu" and self._left > 0.0:
-            self._trouble = _WRITTEN
-
-    def _was_dropped(self, now: _Stamps) -> bool:
-        """Whether the window's gradients so far were cleared, without a step."""
-        if not any(now):
-            return True
-        # DDP lays out its buckets anew after its first pass; a parameter that was added has no gradient yet.
-        if self._ranks.several or now[: len(self._stamps)] == self._stamps:
-            return False
-        if gradient_sq_norm(self._parameters()) == 0.0:
-            return True
-        self._trouble = _WRITTEN
-        return False
-
-    def _pass_ended(self) -> None:
-        """At the end of a backward pass, within it."""
-        if self._ranks.several:
-            # DDP's own callback, which may come later, copies its buckets to .grad.
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._micro_batch_ended)
-        else:
-            self._micro_batch_ended()
-
-    @torch.no_grad()
-    def _micro_batch_ended(self) -> None:
-        self._sensor.end_pass()
-        self._in_pass = False
-        stamps = gradient_stamps(self._parameters())
-        if stamps == self._before:
-            # torch.autograd.grad() adds to no .grad.
-            return
-        touched = {index for index, pair in enumerate(zip_longest(self._before, stamps)) if pair[0] != pair[1]}
-        if self._count and touched.isdisjoint(self._touched):
-            self._trouble = _PARTS
-        self._stamps, self._touched = stamps, touched
-        self._count += 1
-        self._backward_passes += 1
-        self._measured = False
-        try:
-            sq_norm = self._sensor.sq_norm()
-            if self._count == 1 and sq_norm is not None and self._looks():
-                self._require_arrived(sq_norm)
-            self._take(sq_norm)
-            if self._measures_each:
-                self._measure()
-        except (RuntimeError, ValueError) as error:
-            self._trouble = _WRITTEN if str(error) == MISMATCH else str(error)
-
-    def _looks(self) -> bool:
-        """Whether this window's first gradient is compared with what was measured of it; both have to be read."""
-        return checks_all(self._state.progress.window) and not (self._ranks.several or self._left is not None)
-
-    def _require_arrived(self, sq_norm: Tensor) -> None:
-        parameters = self._parameters()
-        arrived = gradient_sq_norm(parameters)
-        if (arrived - sq_norm).abs() > rounding(parameters, 1) * torch.maximum(arrived, sq_norm):
-            self._trouble = _WRITTEN
-
-    def _take(self, sq_norm: Tensor | None) -> None:
-        """Add a micro-batch of unknown share: what its sum is multiplied by is known at the window's end."""
-        examples, declared = self._examples.take(), self._declared
-        self._declared = None
-        if self._count == 1:
-            self._declares = declared is not None
-        elif self._declares != (declared is not None):
-            self._trouble = _MIXED
-        weight = declared if declared is not None else float(examples or 1)
-        if examples is None and declared is None:
-            self._say(_UNCOUNTED)
-        self._weight += weight
-        self._largest = max(self._largest, weight)
-        if self._ghost:
-            # Of each example its share is 1 / (m k) of its gradient, or 1 / n where the loop weighs its losses.
-            self._sensor.take(None, weight, 1.0 if self._declares else math.sqrt(weight))
-        else:
-            # Its share is 1 / k, or weight / n: with the factor of :meth:`_shared`, sum_c w_c |g_c|^2 either way.
-            self._sensor.take(None, weight if self._declares else 1.0, 1.0, sq_norm)
-
-    def _measure(self) -> None:
-        """The length of what is in ``.grad``."""
-        self._sensor.measure_accumulated(1.0)
-        self._measured = True
-
     # --- a step -------------------------------------------------------------------------------------------------
 
     def _step_begins(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -312,36 +186,28 @@ class NoiseMeter:
         # A trainer's last backward pass may be within the step, which is over when that is.
         self._waits = closure is not None
         if not self._waits:
-            self._end_window()
+            self._passes.end_window()
 
     def _step_ended(self, *_: Any) -> None:
         if self._waits:
-            self._end_window()
-        if self._count:
+            self._passes.end_window()
+        if self._passes.count:
             self._finish(skipped=False)
         # What was thawed, moved or added since is measured from the next window on.
         self._sensor.attach()
         self._parameters.forget()
 
-    @torch.no_grad()
-    def _end_window(self) -> None:
-        """The window's gradient is complete, and may have been clipped since."""
-        changed = gradient_stamps(self._parameters()) != self._stamps
-        if self._count and not self._measured:
-            if changed:
-                self._trouble = _CHANGED
-            else:
-                self._measure()
-        # A scaler takes the loss scale out before the step, which no version counter sees.
-        self._measures_each = changed or self._scaler is not None
+    def _step_skipped(self) -> None:
+        """A scaler had found infinities in the window before."""
+        self._finish(skipped=True)
 
     def _finish(self, skipped: bool) -> None:
-        """Share, pool and record the window."""
-        now, window = time.perf_counter(), self._shared()
+        """Pool and record the window."""
+        passes, trouble = self._passes, self._passes.trouble
+        now, window = time.perf_counter(), passes.finish(skipped)
         pending = PendingResult.of(
             self._sensor.sums, window, self._optimizer.param_groups[0]["lr"], window.micro_batches
         )
-        self._optimizer_step += not skipped
         arrived = [one for one in (self._late, pending) if one is not None]
         self._late = arrived.pop() if self._read_late else None
         counts = WindowCounts(window.weight, window.all_micro_batches, window.largest, seconds=now - self._ended)
@@ -353,8 +219,8 @@ class NoiseMeter:
         self.history.append(
             decision_row(self._state, evidence, decision, window.weight)
             | {
-                "optimizer_step": self._optimizer_step,
-                "backward_passes": self._backward_passes,
+                "optimizer_step": passes.steps,
+                "backward_passes": passes.backward_passes,
                 "wall_seconds": now - self._started,
                 "accumulation_steps": k,
                 "lr_factor": 1.0,
@@ -366,9 +232,9 @@ class NoiseMeter:
         pending.row = len(self.history) - 1
         for one in arrived:
             self.history.fill(one, self._state.progress.population)
-        if self._sensor.sums.cells < 2 and not self._trouble:
+        if self._sensor.sums.cells < 2 and not trouble:
             self._say(_ONE_CELL)
-        self._reset()
+        passes.reset()
 
     def _believed(self, pending: PendingResult) -> WindowResult:
         """Its numbers; none where its gradient is longer than those that were measured allow."""
@@ -376,63 +242,9 @@ class NoiseMeter:
         # As in a controller; communication in half precision rounds on the way.
         margin = 0.03 if self._ranks.several else rounding(self._parameters(), pending.micro_batches)
         if measured.finite and measured.batch_sq_norm > (1.0 + margin) * measured.mean_sq_norm:
-            self._say(_WRITTEN)
+            self._say(WRITTEN)
             pending.disbelieve()
         return pending.result
-
-    def _shared(self) -> Window:
-        """The window as a controller would have had it: its sums on their common scale, over all ranks."""
-        sums, window = self._sensor.sums, Window(weight=self._weight, largest=self._largest)
-        window.micro_batches = window.all_micro_batches = self._count
-        if self._trouble or not sums.keys() >= _NAMES:
-            self._say(self._trouble or _CHANGED)
-            sums.clear()
-            sums.cells = max(sums.cells, 1)
-        # Ranks add the same names, whatever befell one of them.
-        names = _NAMES | _METRIC_NAMES if self._ranks.several and self._sensor.metric == "adam" else _NAMES
-        for name in sorted(names - sums.keys()):
-            sums[name] = torch.tensor(math.nan, dtype=torch.float64)
-        if self._left is not None:
-            # Not read: the host may have to wait for it.
-            sums["weighted"] = sums["weighted"].where(self._left == 0.0, math.nan)
-        sums.unscale(self._scale, accumulated=True)
-        declares = float(self._declares)
-        if self._ranks.several:
-            total = self._ranks.sum({**window.own(), "cells": sums.cells, "declares": declares, **sums})
-            window.share(total, self._ranks.world_size)
-            sums.share(total)
-        # Each share is one of a rank's mean, and ranks are averaged.
-        n, world = window.weight, self._ranks.world_size
-        factor = (n * n if declares else n * window.all_micro_batches) / world**2
-        for name in ("weighted", "metric_weighted"):
-            if name in sums:
-                sums[name] = sums[name] * factor
-        return window
-
-    def _loss_scale(self) -> Tensor | None:
-        if self._scaler is None:
-            return None
-        self._scaler_stamp = self._stamp()
-        return self._scaler.scale(torch.ones((), device=self._parameters()[0].device))
-
-    def _stamp(self) -> tuple[int, int] | None:
-        scale = getattr(self._scaler, "_scale", None)
-        return None if scale is None else (id(scale), scale._version)
-
-    def _skipped_by_scaler(self) -> bool:
-        """Whether the scaler was updated without a step: it had found infinities."""
-        return self._scaler is not None and self._stamp() != self._scaler_stamp
-
-    def _reset(self) -> None:
-        """No window is open."""
-        self._count = 0
-        self._weight = self._largest = 0.0
-        self._declared = None
-        self._declares = self._measured = self._waits = False
-        self._trouble = ""
-        self._scale = None
-        self._scaler_stamp = self._left = None
-        self._stamps = []
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
@@ -445,11 +257,6 @@ class NoiseMeter:
         if trouble not in self._said:
             self._said.add(trouble)
             warnings.warn(f"NoiseMeter: {trouble}", RuntimeWarning, stacklevel=2)
-
-
-_Stamps = list[tuple[int, int] | None]
-_NAMES = {"weighted", "batch"}
-_METRIC_NAMES = {"metric_weighted", "metric_batch"}
 
 
 def _weak(method: Callable[..., None]) -> Callable[..., None]:
@@ -470,32 +277,7 @@ def _unhook(sensor: Sensor, examples: ExampleCount, handles: list[RemovableHandl
         handle.remove()
 
 
-_FAILED = (
-    "a backward pass began before the last one had ended, after an error, or within it as reentrant activation "
-    "checkpointing does (use_reentrant=False does not); the window is not measured."
-)
-_CHANGED = (
-    "the window's gradient was changed before its length was measured, by clipping or unscaling it for the first time; "
-    "the window is not measured, those after it are."
-)
-_WRITTEN = (
-    "something else than the measured backward passes writes to .grad within the window (clipping or a mask between "
-    "micro-batches, a hook on accumulated gradients, gradients left from before it); the window is not measured. "
-    "Change gradients once the window is complete, or in a hook of Tensor.register_hook."
-)
-_PARTS = (
-    "backward passes of a window computed gradients of different parameters, as parts of one gradient that arrive one "
-    "by one (reentrant activation checkpointing; use_reentrant=False); the window is not measured."
-)
-_MIXED = (
-    "meter.weight() was called for some micro-batches of the window and not for others, whose shares are unknown; the "
-    "window is not measured. Call it before each backward pass, or never."
-)
 _ONE_CELL = (
     "a window of one micro-batch holds no evidence of the noise, its row has NaN. Accumulate two micro-batches, or "
     "measure single examples: NoiseMeter(model, optimizer, ghost=True)."
-)
-_UNCOUNTED = (
-    "the model was called without a tensor that has a first dimension, and weights count micro-batches. Say what each "
-    "counts before its backward pass: meter.weight(len(x))."
 )
