@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+
+from studies.engine.runner import Run
+from studies.engine.sweep import Found
 
 T = TypeVar("T")
 
@@ -80,3 +84,51 @@ def best_of(candidates: Sequence[T], rows: Sequence[Mapping[str, Any] | None]) -
     if not rows or len(finals) < len(rows):
         return None
     return candidates[int(np.array(finals).reshape(len(candidates), -1).mean(axis=1).argmin())]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for a method's learning rate: a grid, then the two rates beside its best, a factor of root two away.
+
+    Fixed batches whose best rates lie between those of a coarse grid would look worse than they are, and an arm whose
+    rate follows its batch takes rates off any grid: so every method gets the finer ones.
+
+    Attributes:
+        rates: The grid.
+        runs: Those of a rate, one a seed.
+        refined: Whether the two beside the best are tried.
+    """
+
+    rates: tuple[float, ...]
+    runs: Callable[[float], list[Run]]
+    refined: bool = True
+
+    def candidates(self, found: Found) -> tuple[float, ...]:
+        """All rates that can be named by now."""
+        best = self.first(found) if self.refined else None
+        return self.rates if best is None else (*self.rates, *beside(best))
+
+    def planned(self, found: Found) -> list[Run]:
+        """Their runs."""
+        return [run for lr in self.candidates(found) for run in self.runs(lr)]
+
+    def first(self, found: Found) -> float | None:
+        """The best of the grid; None before all of it is finished."""
+        return self._best(self.rates, found)
+
+    def best(self, found: Found) -> float | None:
+        """The best of all; None before all are finished."""
+        return None if self.first(found) is None else self._best(self.candidates(found), found)
+
+    def _best(self, rates: tuple[float, ...], found: Found) -> float | None:
+        return best_of(rates, [found.get(run) for lr in rates for run in self.runs(lr)])
+
+
+def beside(rate: float) -> tuple[float, float]:
+    """The two rates a factor of root two away, to three digits.
+
+    Example:
+        >>> beside(8e-3)
+        (0.00566, 0.0113)
+    """
+    return float(f"{rate / math.sqrt(2):.3g}"), float(f"{rate * math.sqrt(2):.3g}")

@@ -7,15 +7,21 @@ changed and fewer than half of its windows stood at a limit; how many did not is
 All runs of a task see 128,000 examples. An arm is compared with the frontier of the fixed batches 16 to 1024, each with
 its own tuned rate (:mod:`studies.output.fronts`): the ratio of its updates to those that a fixed batch needs for the
 same loss. The loss is ``test_loss``: all normal rows of the test set, at the end of training. Rates are chosen by
-``final`` on the probe set, on three seeds of their own, from the same five rates for every arm; reported seeds are
-fresh. (Six rates were planned; 5e-4 and 1e-3 were dropped once three seeds of the smallest batch, where rates are
-lowest, had ended at 36.6 and 33.8 with them, against 32.0 and 31.0 at 2e-3 and 4e-3, before any other batch was run.)
-(And a fifth, 3.2e-2, was added for every arm once the best of the four for fixed 64 to 512 had been the largest of
-them: after eight seeds of the untuned arms had been seen, hence only in the frontier's favour.)
+``final`` on the probe set, on three seeds of their own, from a grid of five and the two beside its best
+(:class:`studies.engine.tuning.Search`), the same for every method; reported seeds are fresh.
 
 Fixed batches are computed in passes of at most 128 examples: the same examples and the same update, to rounding.
-*Untuned* arms take the rate that was tuned for the batch they start from, two micro-batches (with ghost norms: one), at
+*Untuned* arms take the rate that the grid gave the batch they start from, two micro-batches (with ghost norms: one), at
 which their coupling, if they have one, is 1.
+
+What the plan was, and what changed after runs had been seen, always in the frontier's favour:
+
+* Six rates were planned; 5e-4 and 1e-3 were dropped once three seeds of the smallest batch, where rates are lowest, had
+  ended at 36.6 and 33.8 with them, against 32.0 and 31.0 at 2e-3 and 4e-3, before any other batch was run.
+* 3.2e-2 was added once the best of the other four for fixed 64 to 512 had been the largest of them.
+* The frontier of seven batches and five rates was coarse: the control ``constant mean``, a fixed 192 at 2e-2, had an
+  updates ratio of 0.78 to it. So fixed batches of 96, 192 and 384 were added, and the rates beside the best. Untuned
+  arms kept the rate they had.
 
 Registered before its runs, after pilots of one to three seeds that are not among the results:
 
@@ -36,6 +42,7 @@ Plan, on one core that takes 20 ms a pass of 16 examples: calm MNIST with the de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +57,7 @@ from studies.engine.networks import Residual
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
 from studies.engine.training import Task
-from studies.engine.tuning import best_of
+from studies.engine.tuning import Search
 from studies.output.front_figure import draw_fronts
 from studies.output.fronts import claim_row, compare_tasks
 from studies.output.statistics import Interval, ratio
@@ -60,7 +67,7 @@ NAME = "live"
 MICRO_BATCH = 16
 START = 2 * MICRO_BATCH
 PASS = 128
-BATCHES = (16, 32, 64, 128, 256, 512, 1024)
+BATCHES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 TUNING_SEEDS = (1000, 1001, 1002)
 PRICES = (4.0 * START, 32.0 * START)
@@ -192,62 +199,58 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     fixed = {n: _fixed(setting, scale, n) for n in scale.batches}
-    for n, make in fixed.items():
-        yield from _tuning(setting, scale, f"fixed {n}", make, n)
-    best = {n: _best(setting, scale, f"fixed {n}", make, n, found) for n, make in fixed.items()}
-    if any(rate is None for rate in best.values()):
+    searches = {n: _search(setting, scale, f"fixed {n}", make, n) for n, make in fixed.items()}
+    for search in searches.values():
+        yield from search.planned(found)
+    rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
+    if len(rates) < len(searches):
         return
-    rates = {n: rate for n, rate in best.items() if rate is not None}
+    start = {n: rate for n, search in searches.items() if (rate := search.first(found)) is not None}
     ramp = Method("ramp 2 to 16", ab.Ramp(2, 16, float(scale.examples)))
     methods = [method for method in (*METHODS, ramp) if setting.whole or method.label in FEW]
     # Seed by seed, so that what is finished can be compared.
     for seed in seeds:
         yield from (_run("final", setting, scale, make(rates[n]), seed, n) for n, make in fixed.items())
         for method in methods:
-            lr = rates[method.start if method.start in rates else min(rates)]
+            lr = start[method.start if method.start in start else min(start)]
             yield _run("final", setting, scale, method.arm(lr, setting.schedule(scale)), seed)
     if not setting.whole:
         return
-    yield from _controls(setting, scale, rates, seeds, found)
+    yield from _controls(setting, scale, start, seeds, found)
     for method in methods:
         if method.label in TUNED:
             yield from _tuned(method, setting, scale, seeds, found)
 
 
 def _fixed(setting: Setting, scale: Scale, n: int) -> Callable[[float], Arm]:
-    """The arm of a fixed batch at a rate, in passes of at most :data:`PASS` examples."""
-    return lambda lr: Arm(f"fixed {n}", ab.Fixed(n // min(n, PASS)), lr, setting.schedule(scale))
+    """The arm of a fixed batch at a rate, in as few passes of at most :data:`PASS` examples as there can be."""
+    return lambda lr: Arm(f"fixed {n}", ab.Fixed(math.ceil(n / PASS)), lr, setting.schedule(scale))
 
 
 def _run(
     stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch: int = 0, method: str | None = None
 ) -> Run:
     """A run with its labels; ``batch`` is that of a fixed batch."""
-    task = setting.task(scale, min(batch, PASS) if batch else MICRO_BATCH)
+    task = setting.task(scale, batch // math.ceil(batch / PASS) if batch else MICRO_BATCH)
     labels = {"stage": stage, "network": setting.network, "data": task.data, "rate": setting.rate}
     labels |= {"method": method or arm.name, "lr": arm.lr, "fixed": int(batch > 0)}
     return Run(NAME, task, arm, seed, tuple(labels.items()))
 
 
-def _tuning(setting: Setting, scale: Scale, name: str, make: Callable[[float], Arm], batch: int = 0) -> Iterator[Run]:
-    for lr in scale.rates:
-        for seed in scale.tuning_seeds:
-            yield _run("tune", setting, scale, make(lr), seed, batch, name)
-
-
-def _best(
-    setting: Setting, scale: Scale, name: str, make: Callable[[float], Arm], batch: int, found: Found
-) -> float | None:
-    """The rate with the smallest mean ``final`` over the tuning seeds; None before all are finished."""
-    return best_of(scale.rates, [found.get(run) for run in _tuning(setting, scale, name, make, batch)])
+def _search(setting: Setting, scale: Scale, name: str, make: Callable[[float], Arm], batch: int = 0) -> Search:
+    return Search(
+        scale.rates,
+        lambda lr: [_run("tune", setting, scale, make(lr), seed, batch, name) for seed in scale.tuning_seeds],
+    )
 
 
 def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     """The same at the rate of its own that is best for it."""
     name = f"{method.label}, tuned"
     make: Callable[[float], Arm] = lambda lr: method.arm(lr, setting.schedule(scale), name)  # noqa: E731
-    yield from _tuning(setting, scale, name, make)
-    lr = _best(setting, scale, name, make, 0, found)
+    search = _search(setting, scale, name, make)
+    yield from search.planned(found)
+    lr = search.best(found)
     if lr is not None:
         yield from (_run("final", setting, scale, make(lr), seed) for seed in seeds)
 

@@ -3,13 +3,14 @@
 A character language model (three layers of width 64, context 64; :mod:`studies.engine.language`) on a public-domain
 text split by books, AdamW, a learning rate that warms up over a tenth of a million characters and decays linearly to
 zero. Everything is counted in characters, which are the weights of the micro-batches too: 256 in each. Budgets of 1, 4
-and 16 million. Fixed batches of 256 to 8,192, each at its own tuned rate (four rates, three seeds of their own); at 4
-million the three rates around the best at 1 million, at 16 million the best at 4 million. Reported: the loss on the
-test books at the end of training, on eight fresh seeds (16 million: three).
+and 16 million. Fixed batches of 256 to 8,192, each at its own tuned rate: on three seeds of their own a grid of five
+and the two beside its best (:class:`studies.engine.tuning.Search`); at 4 million the best at 1 million and the two
+beside it; at 16 million the best at 4 million. Reported: the loss on the test books at the end of training, on eight
+fresh seeds (16 million: three).
 
 Arms and comparison are those of :mod:`studies.questions.live`: the *updates ratio* to the frontier of fixed batches at
 equal examples and equal loss. No batch of an adaptive arm is tuned: it starts at two micro-batches, 512 characters, at
-the rate that was tuned for a fixed 512, and its rate follows the root of its batch.
+the rate that the grid gave a fixed 512, and its rate follows the root of its batch.
 
 Registered before its runs, after pilots of one or two seeds that are not among the results:
 
@@ -28,6 +29,7 @@ Plan, on one core: 1 million, pre-LN and post-LN, 1.5 hours each; 4 million pre-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +41,7 @@ from studies.engine.arms import Arm, Decay, Schedule
 from studies.engine.language import LanguageTask, Order
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
-from studies.engine.tuning import best_of
+from studies.engine.tuning import Search, beside
 from studies.output.front_figure import draw_fronts
 from studies.output.fronts import claim_row, compare_tasks
 from studies.output.statistics import Interval, ratio
@@ -51,13 +53,12 @@ MICRO_BATCH = 4 * CONTEXT
 START = 2 * MICRO_BATCH
 PASS = 2048
 WARMUP = 100_000.0
-BATCHES = (256, 512, 1024, 2048, 4096, 8192)
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+BATCHES = (256, 512, 1024, 1536, 2048, 3072, 4096, 8192)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 # Three decades, for the role of the warm-up.
 WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEEDS = (1000, 1001, 1002)
 PRICES = (4.0 * START, 32.0 * START)
-FACTOR = RATES[1] / RATES[0]
 # Of a budget of one million: the first 50,000 characters.
 EARLY = 0.05
 
@@ -149,55 +150,46 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
-    rates: dict[int, float] = {}
-    for n in scale.batches:
-        candidates = _candidates(setting, scale, n, found)
-        yield from _tuning(setting, scale, n, candidates)
-        best = _best(setting, scale, n, candidates, found)
-        if best is not None:
-            rates[n] = best
-    if len(rates) < len(scale.batches):
-        return
-    yield from _reported(setting, scale, rates, seeds)
+    searches = {n: _search(setting, scale, n, found) for n in scale.batches}
+    for search in searches.values():
+        yield from search.planned(found)
+    rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
+    start = searches[START].first(found)
+    if start is not None and len(rates) == len(searches):
+        yield from _reported(setting, scale, rates, start, seeds)
 
 
-def _reported(setting: Setting, scale: Scale, rates: dict[int, float], seeds: range) -> Iterator[Run]:
+def _reported(setting: Setting, scale: Scale, rates: dict[int, float], start: float, seeds: range) -> Iterator[Run]:
     # Seed by seed, so that what is finished can be compared.
     for seed in seeds:
         yield from (_run("final", setting, scale, _fixed(setting, scale, n, lr), seed, n) for n, lr in rates.items())
         for method in METHODS:
-            arm = replace(method.arm(rates[START], setting.schedule(scale)), optimizer="adamw", beta2=0.99)
+            arm = replace(method.arm(start, setting.schedule(scale)), optimizer="adamw", beta2=0.99)
             yield _run("final", setting, scale, arm, seed)
 
 
-def _candidates(setting: Setting, scale: Scale, n: int, found: Found) -> tuple[float, ...]:
-    """All rates at one million; three around its best for longer budgets; none while that is not known."""
+def _search(setting: Setting, scale: Scale, n: int, found: Found) -> Search:
+    """A grid at one million; the best of it and those beside it for longer budgets; none while that is not known."""
+
+    def runs(lr: float) -> list[Run]:
+        arm = _fixed(setting, scale, n, lr)
+        return [_run("tune", setting, scale, arm, seed, n) for seed in scale.tuning_seeds]
+
     if setting.millions == 1:
-        return scale.rates
-    best = _best(SMALL, scale, n, scale.rates, found)
-    return () if best is None else (best / FACTOR, best, best * FACTOR)
-
-
-def _tuning(setting: Setting, scale: Scale, n: int, candidates: tuple[float, ...]) -> Iterator[Run]:
-    for lr in candidates:
-        for seed in scale.tuning_seeds:
-            yield _run("tune", setting, scale, _fixed(setting, scale, n, lr), seed, n)
-
-
-def _best(setting: Setting, scale: Scale, n: int, candidates: tuple[float, ...], found: Found) -> float | None:
-    """The rate with the smallest mean ``final`` over the tuning seeds; None before all are finished."""
-    return best_of(candidates, [found.get(run) for run in _tuning(setting, scale, n, candidates)])
+        return Search(scale.rates, runs)
+    best = _search(SMALL, scale, n, found).best(found)
+    return Search(() if best is None else (best, *beside(best)), runs, refined=False)
 
 
 def _fixed(setting: Setting, scale: Scale, n: int, lr: float) -> Arm:
     """A fixed batch in passes of at most :data:`PASS` characters."""
-    rule = ab.Fixed(n // min(n, PASS))
+    rule = ab.Fixed(math.ceil(n / PASS))
     return Arm(f"fixed {n}", rule, lr, setting.schedule(scale), optimizer="adamw", beta2=0.99)
 
 
 def _run(stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch: int = 0) -> Run:
     """A run with its labels; ``batch`` is that of a fixed batch."""
-    task = setting.task(scale, min(batch, PASS) if batch else MICRO_BATCH)
+    task = setting.task(scale, batch // math.ceil(batch / PASS) if batch else MICRO_BATCH)
     labels = {"stage": stage, "order": setting.order, "millions": setting.millions}
     labels |= {"method": arm.name, "lr": arm.lr, "fixed": int(batch > 0)}
     return Run(NAME, task, arm, seed, tuple(labels.items()))
@@ -222,12 +214,11 @@ def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
 
 
 def _largest(scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
-    before = Setting(4)
-    rates = {n: _best(before, scale, n, _candidates(before, scale, n, found), found) for n in scale.batches[1:]}
-    known = {n: lr for n, lr in rates.items() if lr is not None}
-    if len(known) < len(rates):
+    searches = {n: _search(Setting(4), scale, n, found) for n in scale.batches[1:]}
+    rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
+    if len(rates) < len(searches):
         return
-    for run in _reported(LARGE, scale, known, seeds):
+    for run in _reported(LARGE, scale, rates, rates[START], seeds):
         if dict(run.labels)["fixed"] or run.arm.name in PRIMARY:
             yield run
 
