@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from studies.engine.runner import Run
-from studies.engine.sweep import Found
+if TYPE_CHECKING:
+    from studies.engine.runner import Run
+    from studies.engine.sweep import Found
 
 T = TypeVar("T")
 
