@@ -21,8 +21,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # A source distribution leaves out the studies and the paper, and so the tests that are of them.
 ABSENT = [name for name in ("studies", "paper") if importlib.util.find_spec(name) is None]
 OF_THEM = re.compile(rf"^(?:from|import) (?:{'|'.join(ABSENT)})\b", re.MULTILINE)
+HERE = Path(__file__).parent
 collect_ignore = [
-    path.name for path in Path(__file__).parent.glob("test_*.py") if ABSENT and OF_THEM.search(path.read_text())
+    str(path.relative_to(HERE)) for path in HERE.rglob("test_*.py") if ABSENT and OF_THEM.search(path.read_text())
 ]
 
 # Fixtures that are expensive to make, once for their module: whoever uses them runs in one process.

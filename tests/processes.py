@@ -19,7 +19,12 @@ WORLD = 2
 CONTEXT = multiprocessing.get_context("forkserver")
 # What works in them; what cannot be imported is left out.
 CONTEXT.set_forkserver_preload(
-    ["tests.test_distributed", "tests.test_resume", "tests.test_studies", "torchdata.stateful_dataloader"]
+    [
+        "tests.accumulate.test_distributed",
+        "tests.controller.test_resume",
+        "tests.studies.test_studies",
+        "torchdata.stateful_dataloader",
+    ]
 )
 
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import adaptbatch as ab
 from tests import reference
+from tests.models import batches, small_model, squared
 from tests.processes import spawn
-from tests.test_controller import batches, small_model, squared
 
 MEASURED = [
     *("examples_seen", "backward_passes", "accumulation_steps", "global_batch", "grad_sq_norm"),

@@ -1,0 +1,116 @@
+"""README.md and the manual: their programs run, their numbers are the committed results', nothing links to nowhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from textwrap import dedent
+from typing import get_args
+
+import pytest
+
+import adaptbatch as ab
+from adaptbatch.records import Reason
+from adaptbatch.reporting.history import COLUMNS
+from studies.output import readme
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+MANUAL = {path.stem: path.read_text() for path in sorted((ROOT / "paper" / "reference" / "manual").glob("*.rst"))}
+
+
+def programs(page: str) -> list[str]:
+    """The Python blocks of a page of the manual: those of one page are run one after the other, as they are read."""
+    blocks = re.findall(r"^\.\. code-block:: python\n\n((?:(?:   .*)?\n)+)", page, re.MULTILINE)
+    assert len(blocks) == page.count("code-block:: python")
+    return [dedent(block) for block in blocks]
+
+
+def test_the_loop_runs_and_every_example_is_used():
+    (program,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(program, names)
+    table = names["df"]
+    assert table["examples_seen"].iloc[-1] == 3 * 4096
+    assert table["backward_passes"].iloc[-1] == 3 * 128
+    assert table["reason"].notna().all()
+    assert (table["applied_grad_norm"] <= 1.0 + 1e-5).all()
+
+
+def test_the_loop_in_parts_counts_every_token():
+    names: dict[str, object] = {}
+    exec(programs(MANUAL["loop"])[0], names)
+    table = names["controller"].history.to_pandas()
+    assert table["examples_seen"].iloc[-1] == (names["tokens"][:, 1:] != 0).sum()
+    assert table["backward_passes"].iloc[-1] == 9
+    assert not any(p._backward_hooks for p in names["model"].parameters())
+
+
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.parametrize("name", [name for name, page in MANUAL.items() if programs(page)])
+def test_the_programs_of_a_page_run_in_their_order(name):
+    names: dict[str, object] = {}
+    for index, program in enumerate(programs(MANUAL[name])):
+        exec(compile(program, f"<{name}, program {index + 1}>", "exec"), names)
+
+
+def test_readme_is_two_screens():
+    assert TEXT.count("\n") < 200
+    assert len(TEXT.encode()) < 12_000
+
+
+def test_every_link_leads_somewhere():
+    links = [link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXT)]
+    assert len(links) > 15
+    for place, _, title in links:
+        assert (ROOT / place).exists(), place
+        assert not title or re.search(rf"^{title}$", (ROOT / place).read_text(), re.MULTILINE | re.IGNORECASE), title
+    assert set(MANUAL) <= {Path(place).stem for place, _, _ in links}
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_the_numbers_are_the_committed_results(page):
+    text = (ROOT / page).read_text()
+    assert readme.fill(text, page) == text, "run `python -m studies readme`"
+
+
+def test_every_section_is_in_the_manual():
+    reference = "".join(MANUAL.values()) + (ROOT / "paper" / "reference" / "index.rst").read_text()
+    assert sorted(name for names in readme.PAGES.values() for name in names) == sorted(readme.SECTIONS)
+    for name in readme.SECTIONS:
+        assert f".. results:: {name}\n" in reference
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_a_missing_section_is_refused(page):
+    with pytest.raises(ValueError, match=rf"{page} must have the markers of the section '{readme.PAGES[page][0]}'"):
+        readme.fill("no markers here", page)
+
+
+def test_the_columns_and_reasons_are_documented():
+    for name in COLUMNS:
+        assert f"``{name}``" in MANUAL["history"]
+    for reason in get_args(Reason):
+        assert f"``{reason}``" in MANUAL["history"]
+
+
+def test_every_rule_is_in_the_table():
+    for name in (*ab.rules.__all__, "RelativeStandardError"):
+        if name not in ("Rule", "decide", "Limits", "Guard"):
+            assert re.search(rf"^   \* - :class:`{name}\(.*\) <adaptbatch\.", MANUAL["rules"], re.MULTILINE), name
+
+
+def test_every_public_name_is_in_the_manual():
+    for name in ab.__all__:
+        assert any(re.search(rf"adaptbatch\.{name}[`>.]", page) for page in MANUAL.values()), name
+
+
+def test_every_option_names_a_test_that_is_there():
+    table = MANUAL["distributed"].split("list-table::")[1]
+    named = re.findall(r"^     - ``(test_\w+)``$", table, re.MULTILINE)
+    assert len(named) == table.count("   * - ") - 1
+    files = ("test_distributed.py", "test_distributed_options.py", "test_controller.py")
+    there = set(re.findall(r"def (test_\w+)\(", "".join((ROOT / "tests" / name).read_text() for name in files)))
+    assert set(named) <= there
