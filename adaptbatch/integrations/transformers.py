@@ -285,6 +285,7 @@ class AdaptiveAccumulationState(TrainerCallback, ExportableState):
         trainer = self._trainer
         saved = None
         if trainer is not None and trainer.controller is not None and trainer._taken:
+            trainer.controller._require_between_windows("state()")
             controller = trainer.controller.state_dict()
             # Gradients are no JSON; of a window that is over only ``phase`` would use them.
             controller["sensor"] = dict.fromkeys(controller["sensor"]) | {"cells": 0}

@@ -22,7 +22,9 @@ from tests.reference import hand_written_loop
 transformers = pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from adaptbatch.integrations.shared import refuse  # noqa: E402
 from adaptbatch.integrations.transformers import AdaptiveAccumulationMixin  # noqa: E402
+from adaptbatch.integrations.transformers import _refusals as refusals  # noqa: E402
 
 EXAMPLES, SIZE = 42, 4
 
@@ -380,6 +382,40 @@ def test_a_weight_of_ones_own(tmp_path: Path) -> None:
 def test_accumulation_by_the_trainer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got gradient_accumulation_steps = 2; leave it at 1"):
         trainer(tmp_path, Regression(), examples(), gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("whose", "name", "value", "message"),
+    [
+        (AdaptiveTrainer, "is_deepspeed_enabled", True, "steps the optimizer itself, got DeepSpeed"),
+        (TrainingArguments, "n_gpu", 2, r"needs one process a GPU, got DataParallel on 2; launch it with torchrun"),
+        (TrainingArguments, "optim", "lomo", "needs an optimizer that steps after the backward pass, got optim = lomo"),
+    ],
+)
+def test_what_else_steps_or_splits_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: type, name: str, value: Any, message: str
+) -> None:
+    training = trainer(tmp_path, Regression(), examples())
+    ours = training if whose is AdaptiveTrainer else training.args
+    monkeypatch.setattr(type(ours), name, property(lambda self: value), raising=False)
+    with pytest.raises(ValueError, match=message):
+        refuse("AdaptiveAccumulationMixin", refusals(training))
+
+
+def test_a_state_within_a_window_is_refused(tmp_path: Path) -> None:
+    class Asking(Regression):
+        asked = 0
+
+        def forward(self, x: Tensor, row: Tensor) -> dict[str, Tensor]:
+            if training.controller._window.micro_batches == 2:
+                Asking.asked += 1
+                with pytest.raises(RuntimeError, match=r"state\(\) is for between windows, got one with 2 of 3"):
+                    training._windows.state()
+            return super().forward(x, row)
+
+    training = trainer(tmp_path, Asking(), examples(), own={"rule": Replay([2, 3])}, num_train_epochs=1)
+    training.train()
+    assert Asking.asked
 
 
 def test_inputs_without_a_tensor_need_a_weight(tmp_path: Path) -> None:
