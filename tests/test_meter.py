@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -246,6 +247,29 @@ class TestOtherPasses:
         np.testing.assert_allclose(ours["noise_trace"], theirs["noise_trace"], rtol=1e-9)
         assert ours["accumulation_steps"].tolist() == [4, 4]
 
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("how", ["cleared", "skipped by the scaler"])
+    def test_the_weight_that_was_said_outlasts_the_window_before_it(self, how: str):
+        """That window is found to be over when the pass begins whose weight is known by then."""
+        model, data = small_model(dtype=torch.float32), batches([4, 2, 3, 5], dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if how != "cleared" else None
+        optimizer = adam(model)
+        meter = ab.NoiseMeter(model, optimizer, scaler=scaler)
+        for low, high in ((0, 2), (2, 4)):
+            for x in data[low:high]:
+                meter.weight(10 * len(x))
+                loss = squared(model, x * (math.inf if scaler and low == 0 else 1.0))
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            elif low == 2:
+                optimizer.step()
+            optimizer.zero_grad()
+        rows = meter.history.to_pandas()
+        assert rows["global_batch"].tolist() == ([80.0] if scaler is None else [60.0, 80.0])
+        assert math.isfinite(rows["noise_trace"].iloc[-1])
+
     def test_a_pass_that_failed_costs_its_window_only(self):
         model, data = small_model(), batches([4] * 12)
         meter = ab.NoiseMeter(model, optimizer := adam(model))
@@ -293,7 +317,7 @@ class TestOtherPasses:
             optimizer.step()
         assert meter.history.to_pandas()["noise_trace"].isna().all()
 
-    @pytest.mark.parametrize("where", ["within", "before", "hook"])
+    @pytest.mark.parametrize("where", ["within", "before", "hook", "data"])
     def test_what_else_writes_to_gradients_is_said(self, where: str):
         model, data = small_model(), batches([4] * 4)
         meter = ab.NoiseMeter(model, optimizer := adam(model))
@@ -306,6 +330,9 @@ class TestOtherPasses:
             (squared(model, x) / 4).backward()
             if where == "within":
                 nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            if where == "data":
+                for p in model.parameters():
+                    p.grad.data.mul_(10.0)
         with pytest.warns(RuntimeWarning, match=r"something else than the measured backward passes writes to \.grad"):
             optimizer.step()
         optimizer.zero_grad()
@@ -359,6 +386,23 @@ class TestOtherPasses:
         ours, theirs = meter.history.to_pandas()["noise_trace"], controller.history.to_pandas()["noise_trace"]
         assert ours.isna().tolist() == [False, True, False, False]
         np.testing.assert_allclose(ours[2:], theirs[2:], rtol=1e-9)
+
+    def test_a_parameter_that_takes_anothers_place_is_measured(self):
+        x = batches([4])[0]
+        one, other = nn.Linear(4, 1).double(), nn.Linear(4, 1).double()
+        model = nn.ModuleList([one, other])
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.0)
+        meter = ab.NoiseMeter(model, optimizer)
+        for head in (one, other):
+            optimizer.param_groups[0]["params"] = list(head.parameters())
+            # What is hooked is looked up at the end of a step.
+            optimizer.step()
+            for scale in (1.0, 2.0):
+                (head(scale * x).square().mean() / 2).backward()
+            optimizer.step()
+            norm = math.sqrt(sum(float(p.grad.square().sum()) for p in head.parameters()))
+            optimizer.zero_grad()
+            assert meter.history.to_pandas()["batch_grad_norm"].iloc[-1] == pytest.approx(norm, rel=1e-6)
 
     def test_a_step_that_takes_its_backward_pass_along(self):
         """As trainers do: the last backward pass, and clipping, within optimizer.step(closure)."""
@@ -534,6 +578,23 @@ class TestWords:
         squared(model, data[1]).backward()
         with pytest.warns(RuntimeWarning, match=r"meter\.weight\(\) was called for some micro-batches"):
             optimizer.step()
+
+    def test_what_cannot_be_measured_is_said_once(self):
+        model, data = small_model(), batches([4] * 4)
+        meter = ab.NoiseMeter(model, optimizer := adam(model))
+
+        def windows() -> None:
+            for _ in range(3):
+                meter.weight(4)
+                for x in data:
+                    squared(model, x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        with pytest.warns(RuntimeWarning) as found:
+            windows()
+        assert [str(one.message)[:28] for one in found] == ["NoiseMeter: meter.weight() w"]
+        assert meter.history.to_pandas()["noise_trace"].isna().all()
 
     def test_a_model_that_shows_no_examples(self):
         model = nn.ParameterList([nn.Parameter(torch.ones(3))])

@@ -248,10 +248,9 @@ class Passes:
         return self.count > 0 and self._scaler is not None and self._stamp() != self._scaler_stamp
 
     def reset(self) -> None:
-        """No window is open."""
+        """No window is open; what was :attr:`declared` is of the micro-batch to come."""
         self.count = 0
         self._weight = self._largest = 0.0
-        self.declared = None
         self._declares = self._measured = False
         self.trouble = ""
         self._scale = None
