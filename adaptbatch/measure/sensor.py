@@ -281,12 +281,15 @@ class Sensor:
                 f"the noise of single layers needs ghost=True and a window of one micro-batch, got "
                 f"{type(self._probe).__name__} and {window.micro_batches}; use rule=Fixed(1)."
             )
-        found = {}
+        named = self._probe.layer_sq_norms()
         factor = window.reference / (1.0 if window.scale is None else float(window.scale))
-        for (name, sq_norms), p in zip(self._probe.layer_sq_norms().items(), self._probe.parameters, strict=True):
-            batch = 0.0 if p.grad is None else float(gradient_sq_norm([p]))
-            found[name] = Measurement(float(sq_norms.sum()) * factor**2, batch, window.weight, self.sums.cells)
-        return found
+        parts = [0.0 if p.grad is None else float(gradient_sq_norm([p])) for p in self._probe.parameters]
+        # By now .grad may have a loss scale, or not any more, or be clipped: the parts are those of what was measured.
+        unit = float(self.sums["batch"]) / sum(parts) if any(parts) else 0.0
+        return {
+            name: Measurement(float(sq_norms.sum()) * factor**2, unit * part, window.weight, self.sums.cells)
+            for (name, sq_norms), part in zip(named.items(), parts, strict=True)
+        }
 
     # --- checkpoint -----------------------------------------------------------------------------------------------
 
