@@ -198,6 +198,47 @@ def sharded(rank: int, ignored: int = 0, **options: Any) -> Any:
     return run(model, rank, **options)
 
 
+def metered(rank: int) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    model = small_model()
+    fully_shard(model)
+    try:
+        ab.NoiseMeter(model, sgd(model))
+    except ValueError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def unheard(rank: int) -> Any:
+    """A sharded layer whose weight is used, and whose forward pass is not."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = small_model()
+    model.register_module("beside", nn.Linear(2, 2).double())
+    layers = list(model)[:3]
+    model.forward = lambda x: layers[2](layers[1](layers[0](x)))
+    for part in (model.beside, model):
+        fully_shard(part)
+    c = ab.BatchController(model, sgd(model), rule=ab.Fixed(1))
+    loss = squared(model, batches([4], seed=rank)[0]) + model.beside.weight.full_tensor().square().sum()
+    try:
+        c.backward(loss, weight=4)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def flattened(rank: int) -> Any:
+    """FSDP1."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(small_model(), device_id=torch.device("cpu"))
+    return run(model, rank)
+
+
 JOBS: dict[str, Callable[[int], Any]] = {
     job.__name__: job
     for job in (
@@ -228,6 +269,9 @@ if not sharding.args[0]:
         "sharded_ghost": partial(sharded, ghost=True),
         "sharded_phase": partial(sharded, phase=True),
         "sharded_metric": partial(sharded, made=adam, metric="adam"),
+        "metered": metered,
+        "unheard": unheard,
+        "flattened": flattened,
     }
 
 
@@ -288,6 +332,9 @@ def test_compression_rounds_the_mean_and_not_what_is_measured(found: list[dict[s
         ("beside", "2 trained parameters are not synchronised"),
         ("left_no_sync", "ranks hold different gradients after the window's last backward pass"),
         ("unwrapped_forward", "call the wrapped model, not model.module"),
+        pytest.param("metered", "model must not be sharded for a NoiseMeter, got fully_shard", marks=sharding),
+        pytest.param("unheard", "1 sharded parameters received a gradient that no hook heard", marks=sharding),
+        pytest.param("flattened", "(FSDP1 is not supported)", marks=sharding),
         pytest.param("sharded_ignored", "2 trained parameters are not synchronised", marks=sharding),
         *(
             pytest.param(name, "model must not be sharded for ghost norms, the phase or Adam's metric", marks=sharding)

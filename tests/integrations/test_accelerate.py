@@ -20,7 +20,7 @@ from tests.processes import spawn
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType
 
 from adaptbatch.integrations.accelerate import controller_for
 
@@ -167,4 +167,12 @@ def test_accumulation_of_its_own_is_refused():
     with pytest.raises(
         ValueError, match=r"accelerator must not accumulate itself, got gradient_accumulation_steps = 2"
     ):
+        controller_for(accelerator, model, sgd(model))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "XLA"])
+def test_what_has_a_loop_of_its_own_is_refused(monkeypatch, kind):
+    accelerator, model = Accelerator(cpu=True), nn.Linear(4, 3)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    with pytest.raises(ValueError, match=rf"to the loop, got distributed_type = {kind}; use DDP or FSDP2"):
         controller_for(accelerator, model, sgd(model))

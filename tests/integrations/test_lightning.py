@@ -480,6 +480,14 @@ def test_several_optimizers_and_deepspeed_are_refused_by_name(tmp_path: Path) ->
             accumulation.on_fit_start(fit, module)
 
 
+def test_a_second_callback_of_its_kind_is_refused_by_name(tmp_path: Path) -> None:
+    accumulation = AdaptiveAccumulation()
+    fit = trainer(tmp_path, accumulation)
+    fit.callbacks.append(AdaptiveAccumulation())
+    with pytest.raises(ValueError, match="must be there once, got 2 of them"):
+        accumulation.on_fit_start(fit, Net())
+
+
 # --- several ranks ----------------------------------------------------------------------------------------------
 
 

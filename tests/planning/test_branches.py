@@ -245,3 +245,11 @@ def test_an_open_window_is_refused():
     job.controller.backward(*loss_of(job.model, (DATA[:16],)))
     with pytest.raises(RuntimeError, match=r"critical_batch\(\) is for between windows, got one with 1 of 2"):
         job.branches()
+
+
+def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch):
+    job = Job(False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"critical_batch\(\) is for one process, got 2 ranks; load a checkpoint"):
+        job.branches()

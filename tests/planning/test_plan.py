@@ -131,6 +131,16 @@ class TestSeconds:
         with pytest.raises(ValueError, match=r"seconds need windows of at least two sizes to tell .* got 100 only"):
             measured_seconds(table)
 
+    def test_seconds_that_cannot_be_told_apart_are_refused(self):
+        """They do not grow with the batch."""
+        batch = np.repeat([50.0, 100.0], 20)
+        seconds = 0.3 + 0.01 * np.random.default_rng(0).random(40)
+        table = pd.DataFrame({"global_batch": batch, "wall_seconds": seconds.cumsum()})
+        with pytest.raises(ValueError, match=r"seconds of a window do not follow its size clearly enough, got"):
+            measured_seconds(table)
+        with pytest.raises(ValueError, match=r"seconds need a column wall_seconds with at least \d+ windows"):
+            measured_seconds(table.head(2))
+
 
 class TestPlan:
     def test_costly_steps_and_devices_want_larger_batches(self):
@@ -170,6 +180,11 @@ class TestPlan:
         assert axes.get_xlabel() == "batch [examples]"
         axes.figure.savefig(tmp_path / "plan.png")
         assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+    def test_drawing_without_matplotlib_names_the_extra(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "adaptbatch\[plot\]"'):
+            ab.plan(exact(np.full(20, 50.0))).plot()
 
     def test_of_a_training(self):
         """Of a controller and of a meter, whose rows are alike."""
@@ -229,6 +244,12 @@ class TestPlan:
     def test_refuses_a_run_without_evidence(self, rows: pd.DataFrame, message: str):
         with pytest.raises(ValueError, match=message):
             ab.plan(rows)
+
+    def test_a_controller_without_evidence_refuses(self):
+        model = torch.nn.Linear(2, 1)
+        controller = ab.BatchController(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(ValueError, match="history must have at least one window, it has none"):
+            controller.plan()
 
     def test_refuses_what_is_no_run(self):
         with pytest.raises(TypeError, match=r"history must be a History, its DataFrame or the place of .* got int"):

@@ -150,11 +150,17 @@ class TestContent:
             ab.report(arguments.pop("runs"), tmp_path / "page.html", **arguments)
         assert not (tmp_path / "page.html").exists()
 
-    @pytest.mark.parametrize(("package", "extra"), [("plotly", "report"), ("matplotlib", "plot")])
+    @pytest.mark.parametrize(
+        ("package", "extra"), [("plotly", "report"), ("matplotlib", "plot"), ("pyarrow", "parquet")]
+    )
     def test_a_missing_package_is_named_with_its_extra(self, tmp_path, monkeypatch, package, extra):
         monkeypatch.setitem(__import__("sys").modules, package, None)
         history = trained(ab.Fixed(2), examples=64)
-        use = {"plotly": lambda: history.to_html(tmp_path / "x.html"), "matplotlib": history.plot}[package]
+        use = {
+            "plotly": lambda: history.to_html(tmp_path / "x.html"),
+            "matplotlib": history.plot,
+            "pyarrow": lambda: history.to_parquet(tmp_path / "x.parquet"),
+        }[package]
         with pytest.raises(ModuleNotFoundError, match=re.escape(f'pip install "adaptbatch[{extra}]"')):
             use()
 
