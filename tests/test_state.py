@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptbatch import Fixed, Limits, RelativeStandardError, estimate
+from adaptbatch import Fixed, Limits, RelativeStandardError, estimate, schema
 from adaptbatch.estimate import NoiseTracker
 from adaptbatch.records import Decision, Measurement, Progress, WindowCounts, WindowResult
 from adaptbatch.rules import CABS, Rule, decide
@@ -81,6 +82,9 @@ class TestCounting:
         state = State(Progress(accumulation_steps=4)).counted(WindowCounts(64.0, 4, largest=16.0))
         assert state.counted(WindowCounts(16.0 * 3 + 5.0, 4, largest=16.0)).progress.micro_batch_examples == 16.0
         assert state.counted(WindowCounts(4 * 8.0, 4, largest=8.0)).progress.micro_batch_examples == 8.0
+        for _ in range(3):
+            state = state.counted(WindowCounts(16.0 * 3 + 5.0, 4, largest=16.0))
+        assert (state.progress.micro_batch_examples, state.unequal) == (16.0, 0)
 
     def test_the_clock_of_a_change_starts_with_it(self):
         rule, state = Fixed(8), State(Progress(accumulation_steps=4)).counted(WindowCounts(64.0, 4))
@@ -112,6 +116,28 @@ class TestEvidence:
         # What was known in the other unit is gone from the channels too.
         assert len(state.typical.recent) == 15
         assert max(state.typical.recent) / min(state.typical.recent) < 10
+
+    def test_without_its_metric_nothing_of_its_unit_is_left(self):
+        state = filled(40, metric_from=20).euclidean()
+        fresh = State(Progress())
+        assert (state.metric, state.typical, state.climb) == (fresh.metric, fresh.typical, fresh.climb)
+        assert state.window is None
+
+    def test_new_limits_say_which_of_them_binds(self):
+        wanted = Decision(8, 256.0, "hold")
+        for limits, steps, reason in ((Limits(max_steps=4), 4, "at_max"), (Limits(min_steps=16), 16, "at_min")):
+            state, decision = filled().limited(wanted, limits)
+            assert (state.progress.accumulation_steps, decision.accumulation_steps, decision.reason) == (
+                steps,
+                steps,
+                reason,
+            )
+
+    def test_what_was_climbed_in_another_unit_is_forgotten(self):
+        rng = np.random.default_rng(1)
+        first = WindowResult(window(rng), window(rng, scale=1e3))
+        fresh = State(Progress(accumulation_steps=4)).counted(WindowCounts(32.0, 4)).measured(first, MEMORY)
+        assert filled().counted(WindowCounts(32.0, 4)).measured(first, MEMORY).climb == fresh.climb
 
     def test_the_loss_is_a_decayed_mean(self):
         losses = [1.0 / (t + 1) for t in range(40)]
@@ -147,6 +173,12 @@ class TestMemories:
         for seconds in [0.0] * 3000 + [1.0] * 100:
             state = state.counted(WindowCounts(8.0, 2, step_seconds=seconds))
         assert state.evidence().step_seconds == pytest.approx(0.5, rel=1e-6)
+
+    def test_half_of_the_size_of_unequal_micro_batches_is_of_the_last_two_hundred(self):
+        state = State(Progress(accumulation_steps=4))
+        for scale in [10.0] * 1000 + [30.0] * 50:
+            state = state.counted(WindowCounts(4 * scale, 4, largest=1.5 * scale))
+        assert state.progress.micro_batch_examples == pytest.approx(20.0, rel=0.01)
 
     def test_the_phase_is_known_from_eight_windows_on(self):
         state = State(Progress(accumulation_steps=2))
@@ -258,3 +290,38 @@ def test_a_decision_changes_nothing_that_was_measured():
     state = filled()
     after, _ = decided(state, RelativeStandardError())
     assert after.evidence() == state.evidence()
+
+
+def test_one_window_of_two_that_is_not_finite_is_told():
+    """As after a load, where two arrive at once."""
+    good, bad = (WindowResult(replace(window(np.random.default_rng(0)), batch_sq_norm=x)) for x in (4.0, math.nan))
+    for results in ([good, bad], [bad, good]):
+        state, _, decision = filled().advance(WindowCounts(32.0, 4), results, RelativeStandardError(), Limits())
+        assert not state.progress.finite
+        assert decision.reason == "nonfinite"
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (schema.Number, [-1.0, 0, math.nan, math.inf, -math.inf], [True, "1", None]),
+        (schema.Finite, [-1.0, 0], [math.nan, math.inf, -math.inf]),
+        (schema.Positive, [1e-9, 1], [0.0, -1.0, math.nan, math.inf]),
+        (schema.PositiveOrNan, [1.0, math.nan], [0.0, -1.0, math.inf]),
+        (schema.Sum, [0.0, 1], [-1e-9, math.nan, math.inf]),
+        (schema.Square, [0.0, math.nan, math.inf], [-1.0, -math.inf]),
+        (schema.Extent, [0.0, math.inf], [-1.0, math.nan]),
+        (schema.Population, [1.0, math.inf], [0.5, math.nan]),
+        (schema.Moment, [-math.inf, 0.0, 5.0], [math.inf, math.nan]),
+        (schema.Count, [0, 2**62 - 1], [-1, 2**62, 1.0, True]),
+        (schema.Natural, [1], [0, 1.5]),
+        (schema.Flag, [True, False], [0, 1, None]),
+    ],
+)
+def test_a_value_that_is_saved_has_its_range(kind, good, bad):
+    check = get_args(kind)[1]
+    for value in good:
+        check("state['x']", value)
+    for value in bad:
+        with pytest.raises(ValueError, match=r"state\['x'\] must be "):
+            check("state['x']", value)

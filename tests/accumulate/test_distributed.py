@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -393,6 +395,83 @@ def all_unscoped(rank: int) -> dict[str, Any]:
         if controller.step_due:
             controller.step()
     return {"rows": controller.history.to_pandas()}
+
+
+def bookkeeping(rank: int) -> dict[str, Any]:
+    """A clipped training of two ranks with the phase; what one knows of the seconds; one that synchronises each."""
+    model = DistributedDataParallel(small_model())
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), phase=True)
+    clipped(controller, model, [half.split(4)[rank] for half in batches([8] * 12)], slow=0.01 * rank)
+    found: dict[str, Any] = {"rows": controller.history.to_pandas(), "seconds": controller._state.seconds}
+    model = DistributedDataParallel(small_model())
+    every = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), sync="every")
+    clipped(every, model, batches([4] * 8, seed=rank))
+    found["shard_ratio"] = every.history.to_pandas()["shard_ratio"]
+    model = DistributedDataParallel(small_model())
+    epochs = ab.BatchController(model, sgd(model), rule=ab.Fixed(1))
+    for _ in range(2):
+        clipped(epochs, model, batches([4] * 5, seed=rank))
+    found["windows"] = len(epochs.history)
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = DistributedDataParallel(small_model(dtype=torch.float32))
+        scaled = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), scaler=scaler)
+        clipped(scaled, model, batches([4] * 80, seed=rank, dtype=torch.float32))
+        found["scaled" if scaler else "unscaled"] = scaled.history.to_pandas()["shard_ratio"].to_numpy()
+    model = DistributedDataParallel(small_model())
+    # Of one size so far, on the way to two.
+    rule = ab.Fixed(2) if rank == 0 else ab.Ramp(2, 64, examples=1e6)
+    try:
+        clipped(ab.BatchController(model, sgd(model), rule=rule), model, batches([4] * 8, seed=rank))
+    except RuntimeError as error:
+        found["error"] = str(error)
+    return found
+
+
+def clipped(controller: ab.BatchController, model: nn.Module, data: list[Tensor], slow: float = 0.0) -> None:
+    for x in controller.micro_batches(data):
+        controller.backward(squared(model, x), weight=len(x))
+        if controller.step_due:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            time.sleep(slow)
+            controller.step()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawn(bookkeeping, tmp_path_factory.mktemp("bookkeeping"))
+
+
+class TestBookkeeping:
+    def test_clipping_and_the_phase_are_those_of_one_process(self, found):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(4), phase=True)
+        clipped(controller, model, [half for x in batches([8] * 12) for half in x.split(4)])
+        expected = controller.history.to_pandas()
+        assert (expected["applied_grad_norm"] < 0.5 * expected["batch_grad_norm"]).all()
+        for name in ("batch_grad_norm", "applied_grad_norm", "consecutive_product"):
+            for rank in found:
+                assert rank["rows"][name].to_numpy() == pytest.approx(expected[name].to_numpy(), rel=1e-6, nan_ok=True)
+
+    def test_ranks_know_the_same_seconds(self, found):
+        """Of their mean, whoever waits; a rule of seconds would have them disagree."""
+        assert found[0]["seconds"] == found[1]["seconds"]
+
+    def test_what_every_micro_batch_averages_is_no_ranks_own(self, found):
+        for rank in found:
+            assert rank["shard_ratio"].isna().all()
+
+    def test_every_epoch_is_whole(self, found):
+        assert [rank["windows"] for rank in found] == [10, 10]
+
+    def test_the_loss_scale_is_in_no_ratio_of_shards(self, found):
+        assert np.isfinite(found[0]["unscaled"][-1])
+        assert found[0]["scaled"] == pytest.approx(found[0]["unscaled"], rel=1e-3, nan_ok=True)
+
+    def test_a_rule_that_differs_is_found_before_the_sizes_do(self, found):
+        for index, rank in enumerate(found):
+            assert (
+                f"rank {index} disagrees with the others: it takes 2 accumulation steps, the mean is 2" in rank["error"]
+            )
 
 
 class TestFaults:

@@ -140,6 +140,31 @@ class TestWhenTheLoaderIsAsked:
         assert c.history.to_pandas()["accumulation_steps"].tolist() == [3, 1]
 
 
+class TestStates:
+    def test_at_the_end_it_is_the_loaders_own(self):
+        """Not that of the last item: some loaders count their epochs."""
+
+        class Stateful(Sized):
+            epoch = 0
+
+            def __iter__(self) -> Iterator[Any]:
+                yield from super().__iter__()
+                self.epoch += 1
+
+            def state_dict(self) -> dict[str, int]:
+                return {"epoch": self.epoch, "asked": len(self.log)}
+
+        c, loader = controlled(2), Stateful(batches([3] * 3))
+        for epoch in range(2):
+            asked = [3 * epoch + 1 + index for index in range(3)]
+            for x, count in zip(c.micro_batches(loader), asked, strict=True):
+                assert c.loader_state_dict() == {"epoch": epoch, "asked": count}
+                c.backward(squared(c.model, x), weight=3)
+                if c.step_due:
+                    c.step()
+            assert c.loader_state_dict() == {"epoch": epoch + 1, "asked": 3 * epoch + 3}
+
+
 class TestIterationsThatWereLeft:
     def test_an_error_in_the_body_is_told_when_the_window_goes_on(self):
         c = controlled(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -73,6 +74,19 @@ class TestScaler:
         assert all(torch.equal(a, b) for a, b in zip(states[0], states[1], strict=True))
         assert not all(torch.equal(a, b) for a, b in zip(states[1], states[2], strict=True))
 
+    def test_an_overflow_is_recorded_whatever_the_controller_was_told(self):
+        """``skip_nonfinite=False`` steps as a plain loop does, and a scaler leaves its step out."""
+        data = batches([4] * 6, dtype=torch.float32)
+        data[2] = torch.full((4, 4), math.inf)
+        model = small_model(dtype=torch.float32)
+        scaler = GradScaler("cpu", init_scale=1024.0)
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), scaler=scaler, skip_nonfinite=False)
+        run(controller, data)
+        rows = controller.history.to_pandas()
+        assert rows["skipped"].tolist() == [False, True, False]
+        assert rows["optimizer_step"].tolist() == [1, 1, 2]
+        assert scaler.get_scale() == 512.0
+
     def test_clipping_sees_unscaled_gradients_and_both_norms_are_recorded(self):
         data = batches([4, 6], dtype=torch.float32)
         ours, twin = small_model(dtype=torch.float32), small_model(dtype=torch.float32)
@@ -93,6 +107,46 @@ class TestScaler:
         assert float(norm) == pytest.approx(float(expected), rel=1e-5)
         assert row["batch_grad_norm"] == pytest.approx(float(expected), rel=1e-5)
         assert row["applied_grad_norm"] == pytest.approx(0.25, rel=1e-4)
+
+    @pytest.mark.parametrize("unscales", [True, False], ids=["controller", "trainer"])
+    def test_no_number_has_the_loss_scale(self, unscales):
+        """Whoever takes it out of ``.grad``; in the metric, along the mean and between windows too."""
+        data = batches([4, 6, 3, 5] * 10, dtype=torch.float32)
+        rows, windows = [], []
+        for scaler in (GradScaler("cpu", init_scale=1024.0), None):
+            for options in (
+                {"metric": "adam", "phase": True, "rule": ab.Fixed(2)},
+                {"rule": ab.rules.InnerProductTest(nu=2.0)},
+            ):
+                model = small_model(dtype=torch.float32)
+                optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.5))
+                limits = ab.Limits(min_steps=2, max_steps=2)
+                controller = ab.BatchController(model, optimizer, scaler=scaler, limits=limits, **options)
+                for x in data:
+                    if unscales or scaler is None:
+                        controller.backward(squared(model, x), weight=len(x))
+                    else:
+                        with controller.observe(squared(model, x), weight=len(x)) as weighted:
+                            scaler.scale(weighted).backward()
+                    if not controller.step_due:
+                        continue
+                    if unscales or scaler is None:
+                        controller.step()
+                    else:
+                        scaler.step(optimizer)
+                        scaler.update()
+                        optimizer.zero_grad()
+                        controller.record_step()
+                rows.append(controller.history.to_pandas())
+                windows.append(controller._state.window)
+        names = ["loss", "noise_trace", "grad_sq_norm", "noise_scale_metric", "batch_grad_norm", "consecutive_product"]
+        for found, expected in zip(rows[:2], rows[2:], strict=True):
+            for name in names:
+                assert found[name].to_numpy() == pytest.approx(expected[name].to_numpy(), rel=1e-3, nan_ok=True)
+        for found, expected in zip(windows[:2], windows[2:], strict=True):
+            assert astuple(found) == pytest.approx(astuple(expected), rel=1e-3, nan_ok=True)
+        assert math.isfinite(rows[0]["noise_scale_metric"].iloc[-1])
+        assert math.isfinite(windows[1].radial_sq_norms)
 
     def test_a_trainer_may_unscale_and_step_itself(self):
         """The parts that integrations are made of: observe, a mean that keeps the loss scale, record_step."""

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -154,10 +155,10 @@ class TestState:
             controller.load_state_dict(state)
 
     def test_the_end_of_the_data_is_known_where_it_is_told_of_a_due_window(self):
-        """A short last micro-batch in a full window says nothing of what a micro-batch weighs."""
+        """A full window of the data's last, unequal micro-batches says nothing of what a micro-batch weighs."""
         model = small_model()
         c = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
-        for index, x in enumerate(batches([4, 4, 4, 1]), start=1):
+        for index, x in enumerate(batches([4, 4, 3, 1]), start=1):
             c.backward(squared(model, x), weight=len(x))
             if index == 4:
                 c.close_window()
@@ -229,6 +230,79 @@ class TestState:
             other.step()
             steps.append([p.detach().clone() for p in model.parameters()])
         assert all(torch.equal(p, q) for p, q in zip(*steps, strict=True))
+
+    def test_a_window_that_was_loaded_can_be_discarded(self):
+        ours, twin, data = small_model(), small_model(), batches([4] * 4)
+        first, second, fresh = (ab.BatchController(m, sgd(m), rule=ab.Fixed(2)) for m in (small_model(), ours, twin))
+        first.backward(squared(first.model, data[0]), weight=4)
+        second.load_state_dict(first.state_dict())
+        with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) was called within an open window"):
+            second.optimizer.step()
+        second.discard_window()
+        # Nobody's window is open.
+        second.optimizer.step()
+        run(second, data)
+        run(fresh, data)
+        assert equal_state(ours, twin)
+
+    def test_what_the_data_set_is_belongs_to_the_controller_that_loads(self):
+        made = [ab.BatchController(m, sgd(m), population=n) for n in (None, 100) for m in [small_model()]]
+        made[1].load_state_dict(made[0].state_dict())
+        rows = []
+        for c in made:
+            run(c, batches([10, 10]))
+            rows.append(c.history.to_pandas().iloc[0])
+        # Of the difference to the data set's own gradient only the part that was not drawn is left.
+        assert rows[1]["relative_error"] < rows[0]["relative_error"]
+
+    def test_seconds_before_a_load_are_no_windows(self, monkeypatch):
+        clock = SimpleNamespace(now=0.0)
+        for module in ("controller", "checkpoint"):
+            monkeypatch.setattr(f"adaptbatch.{module}.time", SimpleNamespace(perf_counter=lambda: clock.now))
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1))
+        clock.now = 1000.0
+        controller.load_state_dict(controller.state_dict())
+        clock.now += 4.0
+        run(controller, batches([4]))
+        assert controller._state.evidence().example_seconds == pytest.approx(1.0)
+
+    def test_a_due_window_that_was_clipped_before_it_was_saved_says_so(self):
+        ours, theirs = (ab.BatchController(m, sgd(m), rule=ab.Fixed(2)) for m in (small_model(), small_model()))
+        for x in batches([4, 4]):
+            ours.backward(squared(ours.model, x), weight=4)
+        nn.utils.clip_grad_norm_(ours.model.parameters(), 1e-3)
+        theirs.load_state_dict(ours.state_dict())
+        for c in (ours, theirs):
+            c.step()
+            assert c.history.to_pandas()["applied_grad_norm"].tolist() == [pytest.approx(1e-3, rel=1e-3)]
+
+    def test_what_was_loaded_can_be_saved_again(self):
+        first, second = (ab.BatchController(m, sgd(m), rule=ab.Fixed(2)) for m in (small_model(), small_model()))
+        first.backward(squared(first.model, batches([4])[0]), weight=4)
+        state = first.state_dict()
+        second.load_state_dict(state)
+        again = second.state_dict()
+        assert repr(again["sensor"]) == repr(state["sensor"])
+        with pytest.raises(
+            ValueError, match=r"state\['sensor'\]\['cells'\] must be at least state\['window'\]\['micro_batches'\] = 1"
+        ):
+            second.discard_window() or second.load_state_dict(again | {"sensor": again["sensor"] | {"cells": 0}})
+
+    def test_a_load_forgets_the_gradient_before_it(self):
+        """Of the training that is left no gradient is multiplied by one of the training that is gone on with."""
+        used, fresh = (
+            ab.BatchController(m, torch.optim.SGD(m.parameters(), lr=0.0), rule=ab.Fixed(2), phase=True)
+            for m in (small_model(), small_model())
+        )
+        state = fresh.state_dict()
+        run(used, batches([4] * 8))
+        used.load_state_dict(state)
+        for c in (used, fresh):
+            run(c, batches([4] * 4))
+        ours, theirs = (c.history.to_pandas()["consecutive_product"].tolist() for c in (used, fresh))
+        assert math.isnan(ours[0])
+        assert ours[1:] == theirs[1:]
 
     def test_a_saved_state_loads_twice(self):
         """What a rule keeps of the window is copied: going on does not change the state."""

@@ -140,6 +140,46 @@ class TestExactness:
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
         assert controller.history.to_pandas()["noise_trace"].iloc[0] > 0
 
+    def test_nothing_is_wrapped_and_checkpoints_are_those_of_the_plain_loop(self):
+        ours, twin = small_model(), small_model()
+        data = batches([3, 2, 4, 3])
+        loops = []
+        for model in (ours, twin):
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+            loops.append((model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)))
+        controller = ab.BatchController(ours, loops[0][1], rule=ab.Fixed(1))
+        for x in controller.micro_batches(data):
+            assert any(x is one for one in data)
+            controller.backward(squared(ours, x), weight=len(x))
+            controller.step()
+            loops[0][2].step()
+        for x in data:
+            squared(twin, x).backward()
+            loops[1][1].step()
+            loops[1][1].zero_grad()
+            loops[1][2].step()
+        made = [[(type(one), sorted(vars(one))) for one in (*loop[0].modules(), *loop[1:])] for loop in loops]
+        assert made[0] == made[1]
+        for one, other in zip(*loops, strict=True):
+            assert repr(one.state_dict()) == repr(other.state_dict())
+
+    def test_a_windows_size_does_not_depend_on_its_own_data(self):
+        """Two trainings whose data part in the window of index 40: only what comes after it differs."""
+        tables = []
+        for scale in (1.0, 100.0):
+            model = small_model()
+            controller = ab.BatchController(model, sgd(model), rule=ab.rules.NoiseScale(memory=200.0))
+            for x in batches([4] * 2000):
+                later = len(controller.history) >= 40
+                controller.backward(squared(model, x * scale if later else x), weight=len(x))
+                if controller.step_due:
+                    controller.step()
+            tables.append(controller.history.to_pandas())
+        sizes, targets = ([table[name] for table in tables] for name in ("accumulation_steps", "target_batch"))
+        assert (sizes[0][:41] == sizes[1][:41]).all()
+        assert (targets[0][:40] == targets[1][:40]).all()
+        assert targets[0][40] != targets[1][40]
+
     def test_two_forwards_and_one_backward(self):
         ours, twin = small_model(), small_model()
         data = batches([4, 6])

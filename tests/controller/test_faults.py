@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -286,6 +287,21 @@ def test_a_group_is_added_while_gradients_are_kept():
     c.step()
 
 
+def test_a_parameter_that_takes_anothers_place_within_a_window_has_its_mean():
+    torch.manual_seed(0)
+    one, other = nn.Linear(4, 1).double(), nn.Linear(4, 1).double()
+    model = nn.ModuleList([one, other])
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    c = ab.BatchController(model, optimizer, rule=ab.Fixed(2))
+    x = torch.randn(4, 4, dtype=torch.float64)
+    c.backward(one(x).square().mean(), weight=12)
+    optimizer.param_groups[0]["params"] = list(other.parameters())
+    c.backward(other(x).square().mean(), weight=4)
+    alone = torch.autograd.grad(other(x).square().mean(), list(other.parameters()))
+    for p, gradient in zip(other.parameters(), alone, strict=True):
+        torch.testing.assert_close(p.grad, 0.25 * gradient)
+
+
 def test_a_thawed_parameter_that_is_not_finite_is_not_stepped():
     model = Heads()
     model.heads.requires_grad_(False)
@@ -455,6 +471,20 @@ class TestHooksOfOthers:
 # --- G. the first micro-batch of a window ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("heavy", [17, 64, 1000])
+def test_no_loss_is_blown_up_far_beyond_its_mean(heavy: int):
+    """Of equal micro-batches it is multiplied by ``1 / k``; of one that is heavier, by four times that at most."""
+    c = controlled(8)
+    for x in batches([4] * 8):
+        c.backward(squared(c.model, x), weight=4)
+    c.step()
+    for weight in (4, heavy):
+        loss = squared(c.model, batches([4])[0])
+        with c.observe(loss, weight=weight) as weighted:
+            weighted.backward()
+        assert weighted.item() / loss.item() <= 4.0 / 8.0
+
+
 def test_a_light_first_micro_batch_costs_no_window_of_the_loss_scale():
     """Token weights 1, 1024, 1024, 1024 in half precision: a plain loop of means overflows nowhere, nor does this."""
     torch.manual_seed(0)
@@ -590,6 +620,25 @@ def test_an_optimizer_step_left_in_the_loop_is_refused():
 # --- K. errors have a way on -----------------------------------------------------------------------------------------
 
 
+def test_a_pass_before_a_load_added_nothing_to_the_loaded_window():
+    first, second = controlled(2), controlled(2)
+    for x in batches([4, 4]):
+        first.backward(squared(first.model, x), weight=4)
+    squared(second.model, batches([4])[0]).backward()
+    second.optimizer.zero_grad()
+    second.load_state_dict(first.state_dict())
+    for c in (first, second):
+        c.step()
+    assert equal_state(first.model, second.model)
+
+
+def test_a_trainer_that_says_so_late_may_step():
+    c = controlled(2)
+    c.backward(squared(c.model, batches([4])[0]), weight=4)
+    c.expect_trainer()
+    c.optimizer.step()
+
+
 def test_an_optimizer_in_the_backward_pass_is_named():
     c = controlled(2)
 
@@ -665,8 +714,9 @@ def test_an_interrupt_within_the_step_applies_no_update_twice():
     with pytest.raises(KeyboardInterrupt):
         c.step()
     moved = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match=r"interrupted within the optimizer's step.*discard_window\(\)"):
-        c.step()
+    for call in (c.step, c.state_dict):
+        with pytest.raises(RuntimeError, match=r"interrupted within the optimizer's step.*discard_window\(\)"):
+            call()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), moved, strict=True))
     optimizer.fails = False
     goes_on(c)
@@ -752,9 +802,8 @@ def test_what_a_device_finds_late_is_refused_with_the_windows_numbers(fault: str
     def halve(p: Parameter) -> None:
         p.grad = p.grad * 0.5
 
-    if fault == "hook":
-        for p in c.model.parameters():
-            p.register_post_accumulate_grad_hook(halve)
+    hooked = list(c.model.parameters()) if fault == "hook" else []
+    handles = [p.register_post_accumulate_grad_hook(halve) for p in hooked]
     c.backward(squared(c.model, data[0]), weight=3)
     if fault == "written":
         for p in c.model.parameters():
@@ -763,6 +812,91 @@ def test_what_a_device_finds_late_is_refused_with_the_windows_numbers(fault: str
     with pytest.raises(RuntimeError, match=r"adds to \.grad or changes it.*discard_window\(\)"):
         c.step()
     assert all(torch.equal(p, q) for p, q in zip(c.model.parameters(), before, strict=True)) == skip
+    for handle in handles:
+        handle.remove()
+    goes_on(c)
+
+
+def test_a_discarded_window_takes_its_suspicion_along():
+    """As on a GPU: what was found and not yet read is of no other window."""
+    c = controlled(3)
+    c._accumulator.suspicion.reads_now = False
+    first, second = batches([3, 3])
+    c.backward(squared(c.model, first), weight=3)
+    for p in c.model.parameters():
+        p.grad.data.mul_(0.5)
+    c.backward(squared(c.model, second), weight=3)
+    goes_on(c)
+
+
+def trained(c: ab.BatchController, windows: int) -> None:
+    for x in batches([3] * windows * c.accumulation_steps):
+        c.backward(squared(c.model, x), weight=3)
+        if c.step_due:
+            c.step()
+
+
+def test_a_hook_on_what_was_accumulated_may_begin_late():
+    """It was there before the controller, and did nothing."""
+    model, begun = small_model(), []
+
+    def halve(p: Parameter) -> None:
+        if begun:
+            p.grad.mul_(0.5)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(halve)
+    c = ab.BatchController(model, sgd(model), rule=ab.Fixed(2))
+    trained(c, 5)
+    begun.append(True)
+    with pytest.raises(RuntimeError, match=r"the gradient that arrived in \.grad is not the one that was measured"):
+        c.backward(squared(model, batches([3])[0]), weight=3)
+
+
+@pytest.mark.parametrize("when", ["loaded", "hooked"])
+def test_a_hook_that_no_list_shows_is_found_where_something_begins_anew(when: str):
+    """On autograd's own node, after the first windows, in which all is looked at."""
+    c = controlled(2)
+    trained(c, 5)
+    if when == "loaded":
+        state, c = c.state_dict(), controlled(2)
+        c.load_state_dict(state)
+    else:
+        for x in batches([3, 3]):
+            c.backward(squared(c.model, x), weight=3)
+            c.model[0].bias.register_hook(lambda grad: grad)
+        c.step()
+    weight = c.model[2].weight
+
+    def halve(*_: object) -> None:
+        weight.grad.mul_(0.5)
+
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    node.register_hook(halve)
+    with pytest.raises(RuntimeError, match=r"is not the one that was measured|found gradients that were changed"):
+        c.backward(squared(c.model, batches([3])[0]), weight=3)
+
+
+def test_what_is_withheld_is_gone_though_zero_grad_fills():
+    class Filling(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = False) -> None:
+            super().zero_grad(set_to_none=False)
+
+    model = small_model()
+    c = ab.BatchController(model, Filling(model.parameters(), lr=0.1), rule=ab.Fixed(1), skip_nonfinite=False)
+    c.backward(math.nan * squared(model, batches([3])[0]), weight=3)
+    assert c.withhold_nonfinite()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_added_parameter_that_brings_a_gradient_is_refused():
+    c = controlled(3)
+    c.backward(squared(c.model, batches([3])[0]), weight=3)
+    added = Parameter(torch.zeros(2, dtype=torch.float64))
+    added.grad = torch.ones_like(added)
+    c.optimizer.add_param_group({"params": [added]})
+    with pytest.raises(RuntimeError, match=r"close_window\(\) found gradients that were changed within the window"):
+        c.close_window()
 
 
 def test_a_heavy_micro_batch_that_reaches_nothing_costs_no_good_one():

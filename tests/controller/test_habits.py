@@ -56,8 +56,10 @@ class TestGradientsChangedWithinAWindow:
         c = controlled(steps=3)
         c.backward(squared(c.model, batches([3])[0]), weight=3)
         change(c)
-        with pytest.raises(RuntimeError, match=r"close_window\(\) found gradients .*clipping waits until step_due"):
-            c.close_window()
+        for call in (c.close_window, c.state_dict):
+            message = rf"{call.__name__}\(\) found gradients .*clipping waits until step_due"
+            with pytest.raises(RuntimeError, match=message):
+                call()
 
     @pytest.mark.parametrize(
         ("change", "message"),

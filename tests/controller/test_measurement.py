@@ -98,6 +98,17 @@ class TestMeasurement:
         decisions = run(controller, batches([8, 8, 1]))
         assert [decision.target_batch for decision in decisions] == [16.0, 16.0]
 
+    def test_a_partial_window_is_no_size_of_the_climb(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(4))
+        climbs = []
+        for x in controller.micro_batches(batches([4] * 10)):
+            controller.backward(squared(model, x), weight=len(x))
+            if controller.step_due:
+                controller.step()
+                climbs.append(controller._state.climb)
+        assert climbs[0] != climbs[1] == climbs[2]
+
     def test_a_tensor_learning_rate_is_recorded(self):
         model = small_model()
         optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.125), capturable=False, foreach=False)
@@ -229,6 +240,38 @@ class TestGhost:
         row = controller.history.to_pandas().iloc[-1]
         assert sum(pair.noise_trace for pair in layers.values()) == pytest.approx(row["noise_trace"], rel=1e-9)
         assert sum(pair.grad_sq_norm for pair in layers.values()) == pytest.approx(row["grad_sq_norm"], rel=1e-6)
+
+    def test_the_noise_of_single_layers_knows_the_population(self):
+        model = small_model()
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1), ghost=True, population=12)
+        controller.backward(squared(model, batches([9])[0]), weight=9)
+        layers = controller.layer_noise()
+        controller.step()
+        row = controller.history.to_pandas().iloc[-1]
+        assert sum(pair.noise_trace for pair in layers.values()) == pytest.approx(row["noise_trace"], rel=1e-9)
+        assert sum(pair.grad_sq_norm for pair in layers.values()) == pytest.approx(row["grad_sq_norm"], rel=1e-9)
+
+    @pytest.mark.parametrize("clips", [True, False])
+    @pytest.mark.parametrize("unscales", [True, False], ids=["controller", "trainer"])
+    def test_the_noise_of_single_layers_has_no_loss_scale_and_is_not_clipped(self, unscales, clips):
+        layers = []
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+            model = small_model(dtype=torch.float32)
+            controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(1), ghost=True, scaler=scaler)
+            loss = squared(model, batches([9], dtype=torch.float32)[0])
+            if unscales or scaler is None:
+                controller.backward(loss, weight=9)
+            else:
+                with controller.observe(loss, weight=9) as weighted:
+                    scaler.scale(weighted).backward()
+                if clips:
+                    scaler.unscale_(controller.optimizer)
+            if clips and scaler is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            layers.append(controller.layer_noise())
+        for name, pair in layers[0].items():
+            assert layers[1][name].noise_trace == pytest.approx(pair.noise_trace, rel=1e-4)
+            assert layers[1][name].grad_sq_norm == pytest.approx(pair.grad_sq_norm, rel=1e-3, abs=1e-4)
 
     def test_the_noise_of_single_layers_needs_one_micro_batch(self):
         model = small_model()

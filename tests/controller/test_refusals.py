@@ -77,8 +77,9 @@ class TestLoop:
         handle.remove()
         with pytest.raises(RuntimeError, match=r"last backward\(\) failed, .* discard_window\(\)"):
             controller.backward(squared(model, data[1]), weight=2)
-        with pytest.raises(RuntimeError, match=r"last backward\(\) failed"):
-            controller.close_window()
+        for call in (controller.close_window, controller.state_dict):
+            with pytest.raises(RuntimeError, match=r"last backward\(\) failed"):
+                call()
         controller.discard_window()
         run(controller, data[1:])
         reference.hand_written_loop(twin, sgd(twin), squared, [data[1:]])
@@ -108,6 +109,12 @@ def _nested(c: ab.BatchController, x: Tensor) -> None:
         pass
 
 
+def _layers(c: ab.BatchController, x: Tensor) -> None:
+    for _ in range(2):
+        c.backward(squared(c.model, x), weight=4)
+    c.layer_noise()
+
+
 def _foreign_gradient(c: ab.BatchController, x: Tensor) -> None:
     squared(c.model, x).backward()
     c.backward(squared(c.model, x), weight=4)
@@ -116,6 +123,10 @@ def _foreign_gradient(c: ab.BatchController, x: Tensor) -> None:
 MISUSE = {
     "early step": (_early_step, RuntimeError, r"step\(\) is early: the window has 1 of 2 micro-batches; wait for"),
     "early norm": (lambda c, x: c.grad_norm, RuntimeError, r"grad_norm is early: the window has 0 of 2"),
+    "early record": (lambda c, x: c.record_step(), RuntimeError, r"record_step\(\) is early: the window has 0 of 2"),
+    "early withholding": (lambda c, x: c.withhold_nonfinite(), RuntimeError, r"withhold_nonfinite\(\) is early"),
+    "early layers": (lambda c, x: c.layer_noise(), RuntimeError, r"layer_noise\(\) is early: the window has 0 of 2"),
+    "layers of micro-batches": (_layers, RuntimeError, r"noise of single layers needs ghost=True and a window of one"),
     "due backward": (_due_backward, RuntimeError, r"a step is due: call step\(\) before the next backward\(\)"),
     "two backwards": (_two_backwards, RuntimeError, r"one micro-batch takes one backward\(\): add its losses"),
     "nested scopes": (_nested, RuntimeError, r"micro_batch\(\) scopes must not be nested"),

@@ -312,6 +312,24 @@ class TestGuard:
         longest = (skipped.groupby((~skipped).cumsum()).sum()).max()
         assert longest == 2
 
+    def test_what_it_may_skip_in_a_row_begins_anew_after_each_step(self):
+        model = small_model()
+        controller = self.controller(model, max_skips=1)
+        run(controller, self.data([40, 50, 60], length=70), loss=self.outlying)
+        assert controller.history.to_pandas()["skipped"].sum() == 3
+
+    def test_a_checkpoint_knows_how_many_it_skipped_in_a_row(self):
+        models = small_model(), small_model()
+        first, second = (self.controller(model, max_skips=1) for model in models)
+        data = self.data([40, 41], length=42)
+        run(first, data[:41], loss=self.outlying)
+        assert first.history.to_pandas()["skipped"].iloc[-1]
+        second.load_state_dict(first.state_dict())
+        for controller in (first, second):
+            controller.backward(self.outlying(controller.model, data[41]), weight=4)
+            controller.step()
+            assert not controller.history.to_pandas()["skipped"].iloc[-1]
+
     def test_a_non_finite_gradient_is_answered_too(self):
         model = small_model()
         controller = self.controller(model)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import adaptbatch as ab
-from tests.models import batches, run, small_model
+from tests.models import batches, run, small_model, squared
 
 RULES = {
     "clt": ab.RelativeStandardError(),
@@ -52,3 +54,26 @@ def test_the_time_model_is_measured():
     # Means of parts of the time that has passed.
     wall = controller.history.to_pandas()["wall_seconds"].iloc[-1]
     assert evidence.step_seconds + 8 * evidence.example_seconds < wall
+
+
+def test_the_seconds_of_the_step_are_told_from_the_rest(monkeypatch):
+    """By a clock that goes ten seconds in each step of the optimizer, and one in each micro-batch."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("adaptbatch.controller.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    controller = ab.BatchController(model, optimizer, rule=ab.Fixed(3))
+
+    def pass_by(seconds: float) -> None:
+        clock.now += seconds
+
+    optimizer.register_step_post_hook(lambda *_: pass_by(10.0))
+    for x in controller.micro_batches(batches([4] * 30)):
+        pass_by(1.0)
+        controller.backward(squared(model, x), weight=len(x))
+        if controller.step_due:
+            controller.step()
+    evidence = controller._state.evidence()
+    assert evidence.step_seconds == pytest.approx(10.0)
+    assert evidence.example_seconds == pytest.approx(3.0 / 12.0)
+    assert controller.history.to_pandas()["wall_seconds"].tolist() == pytest.approx([13.0 * n for n in range(1, 11)])

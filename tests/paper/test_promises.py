@@ -277,7 +277,7 @@ RAISES: dict[str, dict[str, str]] = {
     "Plan.plot": {"matplotlib is not installed": "test_drawing_without_matplotlib_names_the_extra"},
     "ProgressLine": {
         "are not installed": "test_a_missing_package_names_the_extra",
-        "``budget`` is not positive": "test_watch.py::test_a_budget_out_of_range",
+        "``budget`` is not positive": "test_loggers.py::test_a_budget_out_of_range",
         "``package`` is another": "test_an_unknown_package",
     },
     "Ramp": {"given for another shape": OF_A_RULE},
