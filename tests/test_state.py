@@ -86,6 +86,12 @@ class TestCounting:
             state = state.counted(WindowCounts(16.0 * 3 + 5.0, 4, largest=16.0))
         assert (state.progress.micro_batch_examples, state.unequal) == (16.0, 0)
 
+    def test_another_size_of_equal_micro_batches_is_known_of_its_own_only(self):
+        state = State(Progress(accumulation_steps=4))
+        for size in (16.0, 16.0, 8.0):
+            state = state.counted(WindowCounts(4 * size, 4, largest=size))
+        assert (state.progress.micro_batch_examples, state.micro_batches_known) == (8.0, 4.0)
+
     def test_the_clock_of_a_change_starts_with_it(self):
         rule, state = Fixed(8), State(Progress(accumulation_steps=4)).counted(WindowCounts(64.0, 4))
         state, decision = decided(state, rule)
@@ -280,6 +286,13 @@ class TestState:
         expected = r"state\['typical'\]\['pooled'\] must have exactly the known keys, got unknown \['x'\]"
         with pytest.raises(ValueError, match=expected):
             restored(State, state | {"typical": changed})
+
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_refuses_a_window_that_is_not_finite(self, index):
+        state = saved(filled())
+        state["window"][index] = math.inf
+        with pytest.raises(ValueError, match=rf"state\['window'\]\[{index}\] must be a finite number, got inf"):
+            restored(State, state)
 
     def test_refuses_a_window_that_is_none(self):
         with pytest.raises(ValueError, match=r"state\['window'\] must hold the 7 numbers of a Measurement or none"):
