@@ -55,10 +55,10 @@ def quick(
     quick_figure(
         results,
         out / "figure.png",
-        adaptive="adaptive",
+        adaptive=quick_study.ADAPTIVE,
         title=title,
         micro_batch=quick_study.MICRO_BATCH,
-        collapsed=quick_study.mean_image_loss(),
+        collapsed=quick_study.TASK.collapsed_loss(),
     )
     print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/engine/schema.py)")
     print(f"figure  {out / 'figure.png'}")

@@ -70,7 +70,8 @@ def _losses(axes: Axes, results: pd.DataFrame, adaptive: str, collapsed: float) 
         width = 2.6 if arm == adaptive else 1.5
         axes.plot(probed["examples_seen"], probed["validation_loss"], color=colour, lw=width)
         last = probed.iloc[-1]
-        ends.append((last["examples_seen"], last["validation_loss"], f"{arm}: {last['validation_loss']:.1f}", colour))
+        said = f"{arm}: {last['validation_loss']:.1f}\nin {len(run):,} updates"
+        ends.append((last["examples_seen"], last["validation_loss"], said, colour))
     first = results.dropna(subset="validation_loss")["validation_loss"]
     axes.set_ylim(0.95 * first.min(), min(first.max(), 75.0))
     axes.axhline(collapsed, color="#777777", lw=1, ls=":")
@@ -84,7 +85,7 @@ def _losses(axes: Axes, results: pd.DataFrame, adaptive: str, collapsed: float) 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Names beside the curves' ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap, place = 0.065 * (high - low), -np.inf
+    gap, place = 0.115 * (high - low), -np.inf
     for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
         place = max(y, place + gap)
         axes.annotate(

@@ -90,12 +90,13 @@ def quick_section() -> str:
     ]
     run = results[results["arm"] == "adaptive"]
     first, last = run.iloc[len(run) // 4], run.iloc[-1]
+    size = run["global_batch"].iloc[0] / run["accumulation_steps"].iloc[0]
     return (
         f"{markdown(rows)}\n\n"
         f"One seed, {len(results):,} optimizer steps in `studies/results/quick/results.parquet`. The adaptive arm "
         f"measured a noise scale of {_scale(first)} examples after {first['examples_seen']:,.0f} examples and "
         f"{_scale(last)} at the end (95 % intervals), and went from {run['accumulation_steps'].iloc[0]} to "
-        f"{run['accumulation_steps'].iloc[-2]} micro-batches of 32. {caption('quick')}"
+        f"{run['accumulation_steps'].iloc[-2]} micro-batches of {size:.0f}. {caption('quick')}"
     )
 
 

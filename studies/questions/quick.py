@@ -1,44 +1,52 @@
 """The main job: does an 80-layer residual VAE on MNIST gain from a batch that follows the gradient noise?
 
-Four arms in the same loop, on one seed, with the same examples. The network is the well-behaved one of the pilots
-(branches scaled by 1/sqrt(L), width 128 to 32, code 16, Adam at 3e-3), chosen because it learns within this budget:
-its validation loss ends far below that of the mean image, where a collapsed VAE stays. It does not need a large batch:
-fixed 4096 is expected to lose for want of updates, and fixed 256 need not be the optimum either. Micro-batches of 32
-give the controller room on both sides of 256.
+Four arms in the same loop, on one seed, with the same examples and a rate that decays linearly to zero: the setting of
+:mod:`studies.questions.live` on its calm network, where micro-batches of 16 leave the controller room. The adaptive arm
+is that study's primary one, ``theta 0.7`` with a rate that follows the root of the batch; its batch grows from 32 to
+about 500, with a mean of about 190. So the fixed arms are 64, which ends at a lower loss for three times the updates,
+192, near its mean, and 512, near where it ends. Rates are those that the live study's grid gave, by the same
+trials for every batch: to 64 and 512; to 192 that of its neighbours 128 and 256; and to the adaptive arm, which was not
+tuned, that of the batch it starts from.
 
-What this job cannot show, with one seed and one rate: that a controller beats the best fixed batch. It shows that the
-batch it finds by itself beats the three it is shown beside.
+What this job cannot show, with one seed: how many updates that saves. It shows that the batch moves, and that beside a
+constant batch with as many updates it ends lower; the live study has the ratio and its interval.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import adaptbatch as ab
-from studies import data
-from studies.engine.arms import Arm, Warmup
+from studies.engine.arms import Arm, Decay
 from studies.engine.runner import Run
-from studies.engine.training import Task
+from studies.questions import live
 
 NAME = "quick"
-MICRO_BATCH = 32
-TASK = Task(data="mnist", examples=130_000, micro_batch=MICRO_BATCH)
-
-ARMS = (
-    Arm("fixed 256", ab.Fixed(256 // MICRO_BATCH), lr=3e-3),
-    # About 3e-3 times the root of the ratio of the batches, the usual rule for Adam.
-    Arm("fixed 4096", ab.Fixed(4096 // MICRO_BATCH), lr=1e-2, max_steps=128),
-    Arm("warmup 256", ab.Fixed(256 // MICRO_BATCH), lr=3e-3, schedule=Warmup(18_000)),
-    Arm("adaptive", ab.RelativeStandardError(theta=1.0), lr=3e-3, max_steps=128),
-)
+SCALE, SETTING = live.SCALES["laptop"], live.SETTINGS[0]
+MICRO_BATCH = live.MICRO_BATCH
+TASK = SETTING.task(SCALE, MICRO_BATCH)
+ADAPTIVE = "adaptive"
+# What live's tuning found, for a fixed batch and for the one from which the adaptive arm starts.
+RATES = {64: 1.6e-2, 192: 1.6e-2, 512: 1.6e-2}
+START_RATE = 8e-3
 
 
-def mean_image_loss() -> float:
-    """Squared error on the probe set of the mean training image: what a collapsed network reaches."""
-    mnist = data.load(TASK.data)
-    probe = mnist.test_inputs[: TASK.probe_examples]
-    return float(((probe - mnist.train_inputs.mean(axis=0)) ** 2).sum(axis=1).mean())
+def passes(batch: int) -> int:
+    """In how many backward passes of at most 128 examples a fixed batch is computed."""
+    return math.ceil(batch / live.PASS)
+
+
+def arms(examples: int = TASK.examples) -> list[tuple[Arm, int]]:
+    """Each arm with its micro-batch."""
+    decay = Decay(examples)
+    fixed = [(Arm(f"fixed {n}", ab.Fixed(passes(n)), lr, decay), n // passes(n)) for n, lr in RATES.items()]
+    coupling = ab.LearningRate("sqrt", live.START)
+    adaptive = Arm(ADAPTIVE, ab.RelativeStandardError(theta=0.7), START_RATE, decay, coupling=coupling)
+    return [(adaptive, MICRO_BATCH), *fixed]
 
 
 def runs(seed: int = 0, examples: int = TASK.examples) -> list[Run]:
-    """The study's runs, all arms on one seed."""
-    task = Task(data=TASK.data, examples=examples, micro_batch=TASK.micro_batch)
-    return [Run(NAME, task, arm, seed) for arm in ARMS]
+    """The study's runs, all arms on one seed; the longest first."""
+    task = replace(TASK, examples=examples, probe_every=max(1, examples // 50))
+    return [Run(NAME, replace(task, micro_batch=size), arm, seed) for arm, size in arms(examples)]

@@ -277,7 +277,7 @@ class TestCommands:
     def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys):
         command = [sys.executable, "-m", "studies", "quick", "--examples", "1024", "--out", str(tmp_path)]
         first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        for name in ("fixed 256", "fixed 4096", "warmup 256", "adaptive", "spikes", "limits", "results.parquet"):
+        for name in ("fixed 64", "fixed 192", "fixed 512", "adaptive", "spikes", "limits", "results.parquet"):
             assert name in first.stdout
         assert (tmp_path / "figure.png").stat().st_size > 20_000
         results = pd.read_parquet(tmp_path / "results.parquet")
@@ -287,8 +287,8 @@ class TestCommands:
         assert capsys.readouterr().out.count("(stored)") == 4
 
     def test_the_quick_arms_are_what_their_names_say(self):
-        sizes = {arm.name: getattr(arm.rule, "accumulation_steps", 0) * quick.MICRO_BATCH for arm in quick.ARMS}
-        assert sizes == {"fixed 256": 256, "fixed 4096": 4096, "warmup 256": 256, "adaptive": 0}
+        sizes = {arm.name: getattr(arm.rule, "accumulation_steps", 0) * size for arm, size in quick.arms()}
+        assert sizes == {"adaptive": 0, "fixed 64": 64, "fixed 192": 192, "fixed 512": 512}
         assert all(isinstance(run.arm.rule, ab.rules.Rule) for run in quick.runs())
 
 
@@ -398,11 +398,11 @@ class TestRanks:
         subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True, timeout=500)
         table = pd.read_parquet(tmp_path / "results.parquet")
         assert set(table["arm"]) == {run.arm.name for run in quick.runs()}
-        fixed = table[table["arm"] == "fixed 256"]
-        assert fixed["global_batch"].tolist() == [256.0] * 2 + [208.0]
+        fixed = table[table["arm"] == "fixed 192"]
+        assert fixed["global_batch"].tolist() == [192.0] * 3 + [144.0]
         adaptive = table[table["arm"] == "adaptive"]
-        # One micro-batch of 32, half on each rank, is evidence.
-        assert adaptive["global_batch"].iloc[0] == 32.0
+        # One micro-batch of 16, half on each rank, is evidence.
+        assert adaptive["global_batch"].iloc[0] == 16.0
         assert adaptive["noise_trace"].notna().all()
         assert {run["identity"]["world_size"] for run in table.attrs["runs"]} == {2}
         assert all(run.stored(tmp_path) is None for run in quick.runs(0, 720))
