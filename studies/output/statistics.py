@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +38,12 @@ class Interval:
         if self.high < bound:
             return "supported"
         return "not supported" if self.low >= bound else "undecided"
+
+    def within(self, low: float, high: float) -> Verdict:
+        """Whether what is estimated lies between two bounds, as far as the interval tells."""
+        if low < self.low and self.high < high:
+            return "supported"
+        return "not supported" if self.high <= low or self.low >= high else "undecided"
 
 
 def iqm(strata: Sequence[np.ndarray]) -> Interval:
@@ -139,6 +145,36 @@ def holm(p: pd.Series) -> pd.Series:
     if known.any():
         corrected[known] = multipletests(p[known].to_numpy(), method="holm")[1]
     return corrected
+
+
+def of_seeds(values: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Interval:
+    """A statistic of ``[seeds, arms]`` with a bootstrap interval: seeds are drawn again for all arms alike.
+
+    A resample in which it is not a number (a ratio to nothing) is left out.
+
+    Example:
+        >>> found = of_seeds(np.array([[1.0, 2.0], [3.0, 6.0]]), lambda rows: rows[:, 0].mean() / rows[:, 1].mean())
+        >>> found.value, found.low, found.high
+        (0.5, 0.5, 0.5)
+    """
+    rng = np.random.default_rng(0)
+    drawn = np.array([statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(RESAMPLES)])
+    known = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    return Interval(statistic(values), float(low), float(high), "bootstrap")
+
+
+def trend(values: np.ndarray) -> float:
+    """Kendall's tau-a of ``[seeds, arms]`` with the order of the arms, averaged over seeds: -1 if all of them fall.
+
+    A tie counts as neither, so that a seed on which no arm does anything says nothing.
+
+    Example:
+        >>> trend(np.array([[9.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        -0.3333333333333333
+    """
+    first, second = np.triu_indices(values.shape[1], 1)
+    return float(np.sign(values[:, second] - values[:, first]).mean())
 
 
 def share(successes: int, count: int) -> Interval:
