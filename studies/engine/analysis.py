@@ -32,7 +32,7 @@ def summary(results: pd.DataFrame) -> pd.DataFrame:
 
     ``final`` and ``best`` are validation losses, means per example on the fixed probe set; ``mean n`` is examples per
     update; ``limits`` is the share of steps that a closed-loop rule took at the smallest or largest allowed ``k``;
-    ``lr`` is the last learning rate.
+    ``lr`` is the largest learning rate.
     """
 
     def one(run: pd.DataFrame) -> pd.Series:
@@ -46,7 +46,7 @@ def summary(results: pd.DataFrame) -> pd.DataFrame:
                 "mean n": run["examples_seen"].iloc[-1] / len(run),
                 "spikes": run["spikes"].sum(),
                 "limits": run["at_limit"].mean(),
-                "lr": run["lr"].iloc[-1],
+                "lr": run["lr"].max(),
                 "wall s": run["wall_seconds"].iloc[-1],
             }
         )
