@@ -8,11 +8,25 @@ rule ``n = B / theta^2`` cannot be inside by much: its ``q`` is that of a fixed 
 
 The fixed batches are those of :mod:`studies.questions.comparison`, each with its own tuned rate, and one that is four
 times larger.
+
+Those runs are at constant rates, and their adaptive arm did not act. *calm, decaying* is the same question as networks
+are trained: the setting of :mod:`studies.questions.live` (micro-batch 16, a rate that falls linearly to zero), where a
+loss belongs to a run that has ended. So each arm is trained with an eighth, a quarter, half and the whole of the
+budget, five seeds, at the rate that the live study found for the whole. ``E`` is where the line through the logarithms
+of its ``test_loss`` crosses the target: 1.02 times the loss at which the slowest fixed batch ends. Registered before
+its runs, after the live study's first results (the whole budget):
+
+* F2: ``q`` of ``theta 0.7, root`` and of ``theta 1, root`` is below 1: inside the frontier, which theory rules out for
+  a noise scale that does not change with the rate.
+
+Plan: three shorter budgets of four fixed batches and two rules, 0.9 times 260 s a seed: 20 minutes on one core; the
+whole budget is the live study's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,11 +41,15 @@ from studies.engine.arms import Arm
 from studies.engine.results import read_table
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
-from studies.output.statistics import first_crossing
+from studies.output.statistics import Interval, first_crossing
 from studies.output.style import KINDS, STYLE, kind, save
-from studies.questions import comparison
+from studies.questions import comparison, live
 from studies.questions.comparison import Method, Network, choose, fixed, tuning
 
+NETWORKS: tuple[Network, ...] = ("noisy", "calm")
+DECAYING, DECAYED, BUDGETS, SEEDS = "calm, decaying", (32, 64, 128, 256), (1 / 8, 1 / 4, 1 / 2, 1.0), 5
+DECAYED_RULES = ("theta 0.7, root", "theta 1, root")
+DECAYED_SLACK = 1.02
 LARGER = Method("fixed 4096", lambda p: Arm("", fixed(4096), p["lr"]))
 SLACK = 1.25
 RESAMPLES = 500
@@ -42,15 +60,40 @@ def plan(options: Options, found: Found) -> list[Run]:
     scale = comparison.SCALES[options.preset]
     data = (options.data or (scale.home,))[0]
     runs = [run for run in comparison.plan(replace(options, data=(data,)), found) if _wanted(run)]
-    networks: tuple[Network, ...] = ("noisy", "calm")
-    for network in networks:
+    for network in NETWORKS:
         runs += list(tuning(LARGER, network, data, scale))
         params = choose(LARGER, network, data, scale, found)
         if params is not None:
             arm = LARGER.arm(params)
             seeds = range(options.seeds or scale.seeds)
             runs += [comparison.labelled("final", network, data, scale, arm, seed, LARGER.name) for seed in seeds]
-    return runs
+    return [*runs, *decaying(options, found)]
+
+
+def decaying(options: Options, found: Found) -> Iterator[Run]:
+    """The live study's arms with every budget, once it has found their rates; until then what finds them."""
+    scale, setting = live.SCALES[options.preset], live.SETTINGS[0]
+    searches = {n: one for n, one in live.fixed_searches(setting, scale).items() if n in DECAYED}
+    waiting = [run for one in searches.values() for run in one.planned(found) if run not in found]
+    if waiting:
+        yield from waiting
+        return
+    for seed in range(options.seeds or min(scale.seeds, SEEDS)):
+        for budget in BUDGETS:
+            part = replace(scale, examples=round(budget * scale.examples))
+            arms: list[tuple[Arm, int]] = []
+            for n, one in searches.items():
+                rate = one.best(found)
+                assert rate is not None
+                arms.append((live.fixed_arm(setting, part, n)(rate), n))
+            start = searches[live.START].first(found)
+            assert start is not None
+            methods = [method for method in live.METHODS if method.label in DECAYED_RULES]
+            arms += [(method.arm(start, setting.schedule(part)), 0) for method in methods]
+            for arm, n in arms:
+                run = live.labelled("decaying", setting, part, arm, seed, n)
+                labels = dict(run.labels) | {"network": DECAYING, "budget": part.examples}
+                yield replace(run, labels=tuple(labels.items()))
 
 
 def _wanted(run: Run) -> bool:
@@ -79,15 +122,13 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The fit of each network, and where every method lies."""
     final = runs[runs["stage"] == "final"]
     by_key = dict(tuple(curves.groupby("key", sort=False)))
+    parts = [(network, *_crossed(part, by_key)) for network, part in final.groupby("network", sort=False)]
+    ended = runs[runs["stage"] == "decaying"]
+    if len(ended):
+        parts.append((DECAYING, *_ended(ended)))
     fits, methods = [], []
-    for network, part in final.groupby("network", sort=False):
-        is_fixed = part["arm"].str.startswith("fixed ")
-        # What every fixed batch can reach, up to the slowest one.
-        reachable = part[is_fixed].groupby("arm")["final"].median()
-        target = SLACK * reachable.nsmallest(max(3, len(reachable) - 1)).max()
-        spent = pd.DataFrame([first_crossing(by_key[key], target) for key in part["key"]], index=part.index)
-        part = part.assign(updates_=spent["updates"], examples_=spent["examples"])
-        held = part[is_fixed & np.isfinite(part["updates_"])]
+    for network, target, part in parts:
+        held = part[part["arm"].str.startswith("fixed ") & np.isfinite(part["updates_"])]
         if held["arm"].nunique() < 3:
             continue
         held = held.assign(batch=held["arm"].str.split().str[1].astype(float))
@@ -119,8 +160,41 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {"fit": pd.DataFrame(fits), "methods": table, "claims": claims(table)}
 
 
+def _crossed(part: pd.DataFrame, by_key: Mapping[str, pd.DataFrame]) -> tuple[float, pd.DataFrame]:
+    """The target of a network, and its runs with what each had spent when its curve first crossed it."""
+    # What every fixed batch can reach, up to the slowest one.
+    reachable = part[part["arm"].str.startswith("fixed ")].groupby("arm")["final"].median()
+    target = SLACK * reachable.nsmallest(max(3, len(reachable) - 1)).max()
+    spent = pd.DataFrame([first_crossing(by_key[key], target) for key in part["key"]], index=part.index)
+    return target, part.assign(updates_=spent["updates"], examples_=spent["examples"])
+
+
+def _ended(runs: pd.DataFrame) -> tuple[float, pd.DataFrame]:
+    """The target of runs of several budgets, and of each arm and seed the budget that ends there."""
+    whole = runs[(runs["fixed"] > 0) & (runs["budget"] == runs["budget"].max())]
+    target = DECAYED_SLACK * float(whole.groupby("arm")["test_loss"].mean().max())
+    rows = []
+    for (arm, seed), own in runs.sort_values("budget").groupby(["arm", "seed"], sort=False):
+        spent = {name: budget_to(own["test_loss"], own[name], target) for name in ("updates", "examples")}
+        rows.append({"arm": arm, "seed": seed, "updates_": spent["updates"], "examples_": spent["examples"]})
+    return target, pd.DataFrame(rows)
+
+
+def budget_to(losses: pd.Series, spent: pd.Series, target: float) -> float:
+    """What a run must spend to end at ``target``, on the line through the logarithms of its budgets; else infinite.
+
+    Example:
+        >>> budget_to(pd.Series([16.0, 4.0, 1.0]), pd.Series([100.0, 200.0, 400.0]), 2.0)
+        282.842712
+    """
+    falling = np.minimum.accumulate(losses.to_numpy(float))
+    if not falling[-1] <= target <= falling[0]:
+        return math.inf
+    return round(math.exp(np.interp(-math.log(target), -np.log(falling), np.log(spent.to_numpy(float)))), 6)
+
+
 def claims(methods: pd.DataFrame) -> pd.DataFrame:
-    """F1: adaptive is on the frontier, its ``q`` between 1/2 and 2; not supported if its interval leaves out 1."""
+    """F1: adaptive is on the frontier, its ``q`` between 1/2 and 2; not supported if its interval leaves out 1. F2."""
     rows = []
     for own in methods[methods["arm"] == comparison.ADAPTIVE].dropna(subset="q").itertuples():
         low, high = methods.loc[own.Index, "q low"], methods.loc[own.Index, "q high"]
@@ -131,6 +205,11 @@ def claims(methods: pd.DataFrame) -> pd.DataFrame:
             "where": own.network,
         }
         rows.append(row | {"value": own.q, "low": low, "high": high, "interval": "bootstrap", "verdict": verdict})
+    for own in methods[methods["arm"].isin(DECAYED_RULES)].dropna(subset="q").itertuples():
+        found = Interval(own.q, methods.loc[own.Index, "q low"], methods.loc[own.Index, "q high"], "bootstrap")
+        row = {"claim": "F2", "what": f"q of {own.arm} is below 1", "where": own.network, "value": found.value}
+        row |= {"low": found.low, "high": found.high, "interval": found.kind}
+        rows.append(row | {"verdict": found.below(1.0)})
     return pd.DataFrame(rows, columns=["claim", "what", "where", "value", "low", "high", "interval", "verdict"])
 
 
@@ -162,7 +241,8 @@ def draw(folder: Path) -> None:
         )
         for axes, fit in zip(grid[0], fits.itertuples(), strict=False):
             part = methods[(methods["network"] == fit.network) & methods["updates"].notna()]
-            off = part["updates"] > MOST_UPDATES
+            of_fixed = part.loc[part["arm"].str.startswith("fixed "), "updates"]
+            off = part["updates"] > max(MOST_UPDATES, 2 * of_fixed.max())
             if off.any():
                 said = ", ".join(f"{own.arm}: {own.updates:,.0f} updates" for own in part[off].itertuples())
                 axes.annotate(f"off the right: {said}", (1.0, 0.02), xycoords="axes fraction", fontsize=7.5, ha="right")
@@ -178,7 +258,11 @@ def draw(folder: Path) -> None:
             spans = (part["updates"], part["examples"])
             axes.set_xlim(spans[0].min() / 2.5, spans[0].max() * 3.0)
             axes.set_ylim(spans[1].min() / 1.5, spans[1].max() * 1.5)
-            ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000) if spans[0].min() / 2.5 < t < spans[0].max() * 3.0]
+            ticks = [
+                t
+                for t in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
+                if spans[0].min() / 2.5 < t < spans[0].max() * 3.0
+            ]
             axes.set_xticks(ticks, map(str, ticks))
             axes.xaxis.set_minor_formatter(NullFormatter())
             _label_places(axes, part)

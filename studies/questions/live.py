@@ -198,8 +198,7 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
-    fixed = {n: _fixed(setting, scale, n) for n in scale.batches}
-    searches = {n: _search(setting, scale, f"fixed {n}", make, n) for n, make in fixed.items()}
+    searches = fixed_searches(setting, scale)
     for search in searches.values():
         yield from search.planned(found)
     rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
@@ -210,10 +209,11 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
     methods = [method for method in (*METHODS, ramp) if setting.whole or method.label in FEW]
     # Seed by seed, so that what is finished can be compared.
     for seed in seeds:
-        yield from (_run("final", setting, scale, make(rates[n]), seed, n) for n, make in fixed.items())
+        for n, rate in rates.items():
+            yield labelled("final", setting, scale, fixed_arm(setting, scale, n)(rate), seed, n)
         for method in methods:
             lr = start[method.start if method.start in start else min(start)]
-            yield _run("final", setting, scale, method.arm(lr, setting.schedule(scale)), seed)
+            yield labelled("final", setting, scale, method.arm(lr, setting.schedule(scale)), seed)
     if not setting.whole:
         return
     yield from _controls(setting, scale, start, seeds, found)
@@ -222,12 +222,12 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
             yield from _tuned(method, setting, scale, seeds, found)
 
 
-def _fixed(setting: Setting, scale: Scale, n: int) -> Callable[[float], Arm]:
+def fixed_arm(setting: Setting, scale: Scale, n: int) -> Callable[[float], Arm]:
     """The arm of a fixed batch at a rate, in as few passes of at most :data:`PASS` examples as there can be."""
     return lambda lr: Arm(f"fixed {n}", ab.Fixed(math.ceil(n / PASS)), lr, setting.schedule(scale))
 
 
-def _run(
+def labelled(
     stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch: int = 0, method: str | None = None
 ) -> Run:
     """A run with its labels; ``batch`` is that of a fixed batch."""
@@ -240,8 +240,13 @@ def _run(
 def _search(setting: Setting, scale: Scale, name: str, make: Callable[[float], Arm], batch: int = 0) -> Search:
     return Search(
         scale.rates,
-        lambda lr: [_run("tune", setting, scale, make(lr), seed, batch, name) for seed in scale.tuning_seeds],
+        lambda lr: [labelled("tune", setting, scale, make(lr), seed, batch, name) for seed in scale.tuning_seeds],
     )
+
+
+def fixed_searches(setting: Setting, scale: Scale) -> dict[int, Search]:
+    """Of every fixed batch, for its rate."""
+    return {n: _search(setting, scale, f"fixed {n}", fixed_arm(setting, scale, n), n) for n in scale.batches}
 
 
 def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
@@ -252,7 +257,7 @@ def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: 
     yield from search.planned(found)
     lr = search.best(found)
     if lr is not None:
-        yield from (_run("final", setting, scale, make(lr), seed) for seed in seeds)
+        yield from (labelled("final", setting, scale, make(lr), seed) for seed in seeds)
 
 
 def _controls(setting: Setting, scale: Scale, rates: dict[int, float], seeds: range, found: Found) -> Iterator[Run]:
@@ -260,7 +265,7 @@ def _controls(setting: Setting, scale: Scale, rates: dict[int, float], seeds: ra
     method = next(method for method in METHODS if method.label == PRIMARY)
     arm = method.arm(rates[START], setting.schedule(scale))
     for seed in seeds:
-        recorded = found.get(_run("final", setting, scale, arm, (seed - 1) % len(seeds)))
+        recorded = found.get(labelled("final", setting, scale, arm, (seed - 1) % len(seeds)))
         if recorded is None:
             continue
         k = np.repeat(recorded["schedule_k"], recorded["schedule_windows"]).astype(int)
@@ -270,7 +275,7 @@ def _controls(setting: Setting, scale: Scale, rates: dict[int, float], seeds: ra
             "constant mean": replace(arm, rule=ab.Fixed(mean)),
         }
         for name, variant in variants.items():
-            yield _run("final", setting, scale, replace(variant, name=name), seed)
+            yield labelled("final", setting, scale, replace(variant, name=name), seed)
 
 
 TASK = ["network", "data", "rate"]

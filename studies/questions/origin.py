@@ -96,8 +96,8 @@ def choices(name: str, scale: Scale) -> Iterator[Run]:
                     arm = Arm(f"{residual}, {norm}", ab.Fixed(max(batch // SMALL, 1)), lr, optimizer=optimizer)
                     labels = {"stage": "choice", "network": f"{residual}, {norm}", "data": name, "lr": lr}
                     labels |= {"residual": residual, "norm": norm, "optimizer": optimizer, "batch": batch}
-                    task = _task(name, 0, scale, scale.choice_examples, SMALL, residual, norm)
-                    yield Run(SHARED, task, arm, 0, tuple(labels.items()))
+                    own = task(name, 0, scale, scale.choice_examples, SMALL, residual, norm)
+                    yield Run(SHARED, own, arm, 0, tuple(labels.items()))
 
 
 def table_runs(name: str, scale: Scale, seed: int) -> Iterator[Run]:
@@ -106,13 +106,14 @@ def table_runs(name: str, scale: Scale, seed: int) -> Iterator[Run]:
         for anomaly in CLASSES:
             examples = scale.epochs * len(data.split(name, anomaly).train)
             labels = {"stage": "table", "network": row, "data": name, "class": anomaly, "lr": arm.lr}
-            task = _task(name, anomaly, scale, examples, micro_batch, arm.residual or "none", arm.norm or "none")
-            yield Run(SHARED, task, arm, seed, tuple(labels.items()))
+            own = task(name, anomaly, scale, examples, micro_batch, arm.residual or "none", arm.norm or "none")
+            yield Run(SHARED, own, arm, seed, tuple(labels.items()))
 
 
-def _task(
+def task(
     name: str, anomaly: int, scale: Scale, examples: int, micro_batch: int, residual: Residual, norm: Norm
 ) -> Task:
+    """What the rows of a class share."""
     return Task(
         name,
         examples,

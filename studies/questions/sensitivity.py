@@ -8,11 +8,25 @@ best rate its own knob: the length of the warmup and of the ramp, the clipping n
   than for the warmup's length.
 * S2: the same for the learning rate, adaptive against warmup and against the best fixed batch: mean regret over the
   trials.
+
+Those rates are constant, and theta was varied where it made no difference. *calm, decaying* is the setting of
+:mod:`studies.questions.live` (micro-batch 16, a rate that falls linearly to zero), three values of theta with a rate
+that follows the root of the batch and two fixed batches, at seven rates over three decades, on five seeds. The
+coupling's reference needs no runs of its own: rate and reference enter as ``lr sqrt(n / reference)``, so that another
+reference is another rate. Losses are ``test_loss``, at most four times the smallest of all. Registered before its runs:
+
+* S3: the mean loss over the three decades of ``theta 0.7, root`` over that of the fixed batch that is best there, seed
+  by seed, is below 1.
+* S4: theta is no second rate to tune: between 0.5 and 1.0, each at its best rate, losses differ by less than 10 %.
+* S5: a reference that is ten times too large or too small, the next rate down or up, costs theta 0.7 less than 10 %.
+
+Plan: 21 x 5 runs of 70 s and 7 x 5 of 29 and of 15 s: 2.5 hours on one core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +44,7 @@ from studies.engine.sweep import SHARED, Found, Options, Study, from_runs
 from studies.output.statistics import Interval, ratio
 from studies.output.style import STYLE, save, short
 from studies.output.verdicts import tuning as tuning_table
-from studies.questions import comparison
+from studies.questions import comparison, live
 from studies.questions.comparison import ADAPTIVE, METHODS, Network, choose, task, tuning
 
 WITHIN = 1.10
@@ -54,6 +68,9 @@ KNOBS: Mapping[str, tuple[str, tuple[float, ...], Callable[[Arm, float], Arm]]] 
     "clipping norm": ("clip", (0.1, 1.0, 10.0, 100.0, 1000.0), lambda arm, value: replace(arm, clip=value)),
 }
 MICRO_BATCHES = (32, 64, 128, 256)
+DECAYING, THETAS, DECAYED = "calm, decaying", (0.5, 0.7, 1.0), (64, 256)
+RATES = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1)
+DEFAULT, WORST, CLOSE = 0.7, 4.0, 1.10
 SEEDS: dict[str, tuple[int, ...]] = {"smoke": (0,), "laptop": (0, 1), "paper": tuple(range(10))}
 
 
@@ -86,7 +103,21 @@ def plan(options: Options, found: Found) -> list[Run]:
                 arm = replace(methods[ADAPTIVE].arm(params), name=f"adaptive, micro-batch {size}")
                 sized = replace(task(network, data, scale), micro_batch=size)
                 runs += [_labelled(sized, arm, seed, labels) for seed in seeds]
-    return runs
+    return [*runs, *decaying(options)]
+
+
+def decaying(options: Options) -> Iterator[Run]:
+    """Theta and two fixed batches over three decades of rates that decay, at the live study's micro-batch."""
+    scale, setting = live.SCALES[options.preset], live.SETTINGS[0]
+    schedule = setting.schedule(scale)
+    methods = [live.Method(f"theta {theta:g}", ab.RelativeStandardError(theta)) for theta in THETAS]
+    for seed in range(options.seeds or min(scale.seeds, DECIDING_SEEDS)):
+        for lr in RATES:
+            arms = [(method.arm(lr, schedule), 0) for method in methods]
+            arms += [(live.fixed_arm(setting, scale, n)(lr), n) for n in DECAYED]
+            for arm, n in arms:
+                run = live.labelled("decaying", setting, scale, arm, seed, n)
+                yield replace(run, labels=tuple((dict(run.labels) | {"network": DECAYING}).items()))
 
 
 def _labelled(task_: comparison.Task, arm: Arm, seed: int, labels: Mapping[str, str | float]) -> Run:
@@ -99,8 +130,51 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     knobs = runs[runs["stage"] == "knob"]
     if len(knobs):
         found["knobs"] = widths(knobs)
-    found["claims"] = claims(runs)
+    constant, ended = runs[runs["stage"] != "decaying"], runs[runs["stage"] == "decaying"]
+    found["claims"] = claims(constant)
+    if len(ended):
+        found["decaying"] = over_rates(ended)
+        found["claims"] = pd.concat([found["claims"], pd.DataFrame(decaying_claims(ended))], ignore_index=True)
     return found
+
+
+def _name(theta: float) -> str:
+    return f"theta {theta:g}, root"
+
+
+def over_rates(ended: pd.DataFrame) -> pd.DataFrame:
+    """Of each arm at each decaying rate: its loss, geometric mean over seeds, and its batch."""
+    means = ended.assign(log=np.log(ended["test_loss"])).groupby(["arm", "lr"], sort=False)
+    table = means.agg(log=("log", "mean"), seeds=("seed", "count"), **{"mean n": ("mean_batch", "mean")}).reset_index()
+    return table.assign(loss=np.exp(table.pop("log")))
+
+
+def decaying_claims(ended: pd.DataFrame) -> list[dict[str, object]]:
+    """S3 to S5, seed by seed, on the seeds on which all arms have tried all rates."""
+    # Arm by arm the losses, [seeds, rates].
+    capped = ended.assign(loss=ended["test_loss"].fillna(math.inf).clip(upper=WORST * ended["test_loss"].min()))
+    wide = capped.pivot_table(index="seed", columns=["arm", "lr"], values="loss").dropna()
+    arms = [*map(_name, THETAS), *(f"fixed {n}" for n in DECAYED)]
+    if not len(wide) or not set(arms) <= set(wide.columns.get_level_values("arm")):
+        return []
+    losses = {arm: wide[arm].sort_index(axis="columns").to_numpy(float) for arm in arms}
+    means = {arm: own.mean(axis=1) for arm, own in losses.items()}
+    best = {arm: int(np.log(own).mean(axis=0).argmin()) for arm, own in losses.items()}
+    own, fixed = _name(DEFAULT), min(arms[len(THETAS) :], key=lambda arm: means[arm].mean())
+    found, _ = ratio(means[own], means[fixed])
+    rows = [_claim("S3", f"mean loss over the rates, {own} / {fixed}, is below 1", DECAYING, found, found.below(1.0))]
+    ends = {arm: losses[arm][:, best[arm]] for arm in map(_name, THETAS)}
+    ordered = sorted(ends, key=lambda arm: float(ends[arm].mean()))
+    found, _ = ratio(ends[ordered[-1]], ends[ordered[0]])
+    what = f"loss at the best rate, {ordered[-1]} / {ordered[0]} (worst / best theta), is below {CLOSE}"
+    rows.append(_claim("S4", what, DECAYING, found, found.below(CLOSE)))
+    for step, said in ((-1, "ten times too large"), (1, "ten times too small")):
+        at = best[own] + step
+        if 0 <= at < len(RATES):
+            found, _ = ratio(losses[own][:, at], losses[own][:, best[own]])
+            what = f"loss of {own} with a reference {said}, over that at its best rate, is below {CLOSE}"
+            rows.append(_claim("S5", what, DECAYING, found, found.below(CLOSE)))
+    return rows
 
 
 def claims(runs: pd.DataFrame) -> pd.DataFrame:
@@ -179,6 +253,11 @@ LINES: Mapping[str, tuple[str, str, str]] = {
 def draw(folder: Path) -> None:
     """Final loss against the learning rate, and against every method's own knob."""
     runs = load(folder.name, folder=folder.parent)
+    if (runs["stage"] == "decaying").any():
+        _decaying(over_rates(runs[runs["stage"] == "decaying"]), folder)
+        runs = runs[runs["stage"] != "decaying"]
+    if not len(runs):
+        return
     networks = list(runs["network"].unique())
     knobs = list(runs["knob"].dropna().unique()) if "knob" in runs else []
     with plt.rc_context(STYLE):
@@ -215,6 +294,24 @@ def draw(folder: Path) -> None:
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, fontsize=8, ncols=len(names), loc="outside lower center")
         save(figure, folder, "figure")
+
+
+def _decaying(table: pd.DataFrame, folder: Path) -> None:
+    """Loss against a rate that decays: what a theta or a reference not tuned would cost."""
+    shades = dict(zip(map(_name, THETAS), ("#56B4E9", "#0072B2", "#003B5C"), strict=True))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.0, 3.6), layout="constrained")
+        for arm, own in table.groupby("arm", sort=False):
+            adaptive = arm in shades
+            colour = shades.get(str(arm), LINES["fixed 64" if arm == "fixed 64" else "fixed 1024"][0])
+            own = own.sort_values("lr")
+            axes.plot(own["lr"], own["loss"], "-D" if adaptive else "-o", color=colour, markersize=4, label=str(arm))
+        axes.set_xscale("log")
+        axes.set_ylim(0.95 * table["loss"].min(), 2.2 * table["loss"].min())
+        axes.set_xlabel("learning rate at 32 examples, or of the fixed batch; decays linearly to zero")
+        axes.set_ylabel("test loss")
+        axes.legend(fontsize=8)
+        save(figure, folder, "decaying")
 
 
 def _rates(axes: Axes, tune: pd.DataFrame, top: float) -> None:
