@@ -37,7 +37,7 @@ def kind(arm: str) -> str:
     if arm in CONTROLS:
         return "control"
     first = arm.split()[0].rstrip(",")
-    if first == "pareto":
+    if first in ("pareto", "theta"):
         return "adaptive"
     return first if first in KINDS else "other"
 

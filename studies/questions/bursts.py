@@ -444,5 +444,5 @@ STUDY = Study(
     plan,
     from_runs(tables),
     figures=draw,
-    order=4,
+    order=4.5,
 )

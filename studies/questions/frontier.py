@@ -264,7 +264,8 @@ def draw(folder: Path) -> None:
                 if spans[0].min() / 2.5 < t < spans[0].max() * 3.0
             ]
             axes.set_xticks(ticks, map(str, ticks))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_minor_formatter(NullFormatter())
             _label_places(axes, part)
             axes.set_title(f"{fit.network}: to a loss of {fit.target:.1f}")
             axes.set_xlabel("updates")

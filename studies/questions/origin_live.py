@@ -167,7 +167,7 @@ def draw(folder: Path) -> None:
             grid[1, column].set_title("Validation loss")
             grid[1, column].set_xlabel("training examples (millions)")
         grid[0, 0].set_ylabel("examples")
-        grid[0, -1].legend(fontsize=7.5, loc="upper right", ncols=2)
+        grid[0, -1].legend(fontsize=7.5, loc="upper right")
         grid[1, -1].legend(fontsize=7.5)
         save(figure, folder, "figure")
 
@@ -186,7 +186,9 @@ def _course(axes: Axes, runs: pd.DataFrame) -> None:
         axes.plot(seen, size, color=KINDS["adaptive"][0], lw=1.0, label="batch" if first else None)
     for size, name in ((origin.LARGE, "the report's batch"), (origin.SMALL, "256")):
         axes.axhline(size, color="#777777", lw=0.8, ls=":")
-        axes.annotate(name, (0.01, size), ("axes fraction", "data"), va="bottom", fontsize=7.5, color="#777777")  # type: ignore[call-overload]
+        axes.annotate(
+            name, (0.01, size), xycoords=("axes fraction", "data"), va="bottom", fontsize=7.5, color="#777777"
+        )
     axes.set_yscale("log", base=2)
     axes.set_ylim(MICRO_BATCH / 2, 16_384)
     ticks = (32, 64, 128, 256, 512, 1024, 4096)
@@ -214,6 +216,6 @@ STUDY = Study(
     "the origin's table with a controller that acts, and the noise scale over its 200 epochs",
     plan,
     from_runs(tables),
-    order=1.5,
+    order=4.7,
     figures=draw,
 )
