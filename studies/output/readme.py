@@ -100,7 +100,7 @@ def quick_section() -> str:
     )
 
 
-CLAIMED = ("live", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")
+CLAIMED = ("live", "comparison", "bursts", "origin-live", "sensitivity", "momentum", "depth", "frontier", "favourable")
 
 
 def comparison_section() -> str:
