@@ -50,7 +50,9 @@ def median_runs(name: str, folder: Path) -> dict[str, pd.DataFrame]:
     """Of every network and arm the reported run whose ``final`` is the median of its seeds, by a name for the page."""
     curves = load(name, curves=True, folder=folder)
     runs = load(name, folder=folder)
-    stage = next(one for one in ("final", "table", "choice", "knob", "tune") if (runs["stage"] == one).any())
+    stage = next(
+        one for one in ("final", "table", "examples", "choice", "knob", "tune") if (runs["stage"] == one).any()
+    )
     groups = [column for column in ("network", "data", "arm") if column in runs]
     found = {}
     for labels, part in runs[runs["stage"] == stage].groupby(groups, sort=False):

@@ -29,7 +29,7 @@ from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
 from studies.engine.training import Task, score, train
 from studies.engine.tuning import Range, trials
-from studies.questions import bursts, catalogue, comparison, depth, live, origin, transformer
+from studies.questions import catalogue, comparison, depth, live, origin, transformer
 from studies.questions.overhead.accuracy import exact_moments, network_and_examples
 
 STUDIES = catalogue()
@@ -441,7 +441,6 @@ class TestFigures:
         for module, small in (
             (comparison, {"examples": 640}),
             (live, {"examples": 1_000}),
-            (bursts, {"examples": 1_000}),
             (transformer, {"million": 1_500}),
         ):
             monkeypatch.setitem(module.SCALES, "smoke", replace(module.SCALES["smoke"], **small))
