@@ -64,7 +64,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 import adaptbatch as ab
 from studies.engine.analysis import SPIKE_SKIP
 from studies.engine.arms import Arm, Warmup
-from studies.engine.results import load, read_table
+from studies.engine.results import load
 from studies.engine.runner import Run
 from studies.engine.sweep import SHARED, Found, Options, Study, from_runs
 from studies.engine.tuning import best_of
@@ -325,7 +325,7 @@ def _ends(
 
 def draw(folder: Path) -> None:
     """How often runs burst and where they end, by batch; and one seed, with what the rule did about it."""
-    table = read_table(folder / "arms.parquet")
+    table = STUDY.tables(folder)["arms"]
     with plt.rc_context(STYLE):
         figure, grid = plt.subplot_mosaic(
             [["bursts", "ends"], ["loss", "batch"]], figsize=(9.0, 6.4), layout="constrained"

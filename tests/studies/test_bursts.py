@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 
 import adaptbatch as ab
-from studies.engine.results import write_atomically
 from studies.engine.sweep import Found, Options, write
 from studies.questions import bursts, comparison
 
@@ -109,8 +108,6 @@ class TestClaims:
     def test_the_figure_is_drawn(self, tmp_path):
         runs, curves = made_up(averaging)
         write(runs, curves, tmp_path / "bursts")
-        for title, table in bursts.STUDY.tables(tmp_path / "bursts").items():
-            write_atomically(table, tmp_path / "bursts" / f"{title}.parquet")
         bursts.STUDY.figures(tmp_path / "bursts")
         assert (tmp_path / "bursts" / "figure.png").stat().st_size > 20_000
 
