@@ -153,7 +153,7 @@ def of_seeds(values: np.ndarray, statistic: Callable[[np.ndarray], float]) -> In
     A resample in which it is not a number (a ratio to nothing) is left out.
 
     Example:
-        >>> found = of_seeds(np.array([[1.0, 2.0], [3.0, 6.0]]), lambda rows: rows[:, 0].mean() / rows[:, 1].mean())
+        >>> found = of_seeds(np.array([[1.0, 2.0], [3.0, 6.0]]), lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
         >>> found.value, found.low, found.high
         (0.5, 0.5, 0.5)
     """
@@ -161,7 +161,7 @@ def of_seeds(values: np.ndarray, statistic: Callable[[np.ndarray], float]) -> In
     drawn = np.array([statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(RESAMPLES)])
     known = drawn[~np.isnan(drawn)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
-    return Interval(statistic(values), float(low), float(high), "bootstrap")
+    return Interval(float(statistic(values)), float(low), float(high), "bootstrap")
 
 
 def trend(values: np.ndarray) -> float:
