@@ -170,7 +170,7 @@ PROMISES: dict[str, dict[str, str]] = {
 
 NO_PROMISES: dict[str, list[str]] = {
     "README.md": ["nothing here has run on a GPU yet", "| Why does", "| Only the measurement"],
-    "batch.rst": ["Only measure", "whose error is as long", "It needs no large batch here, and says so"],
+    "batch.rst": ["Only measure", "whose error is as long"],
     "history.rst": ["the error is within θ", "watch on rank 0 only"],
     "limits.rst": ["In pilots", "Nothing here has run on a GPU yet"],
     "questions.rst": ["Why is it NaN?", "How do I only watch"],
