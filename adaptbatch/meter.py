@@ -192,7 +192,7 @@ class NoiseMeter:
         if self._waits:
             self._passes.end_window()
         if self._passes.count:
-            self._finish(skipped=False)
+            self._finish(skipped=_skips_within(self._optimizer))
         # What was thawed, moved or added since is measured from the next window on.
         self._sensor.attach()
         self._parameters.forget()
@@ -268,6 +268,13 @@ def _weak(method: Callable[..., None]) -> Callable[..., None]:
             own(*args)
 
     return call
+
+
+def _skips_within(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer is told by the scaler that calls it to leave its parameters as they are."""
+    found = getattr(optimizer, "found_inf", None)
+    # Read as a scaler reads it for optimizers that are not fused.
+    return found is not None and bool(found > 0.0)
 
 
 def _unhook(sensor: Sensor, examples: ExampleCount, handles: list[RemovableHandle]) -> None:

@@ -150,14 +150,17 @@ class TestRows:
         pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=1e-6, atol=1e-9)
 
     @pytest.mark.parametrize("clip", [None, 0.05])
-    def test_a_grad_scaler_with_steps_that_it_skips(self, clip: float | None):
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_grad_scaler_with_steps_that_it_skips(self, clip: float | None, fused: bool):
+        """A fused optimizer is called all the same, and told to skip."""
         data = batches([4] * 40, dtype=torch.float32)
         data[9][0] = float("inf")
         data[-1][0] = float("inf")
         model = small_model(dtype=torch.float32)
         twin = copy.deepcopy(model)
         scaler, other = (torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3) for _ in range(2))
-        meter = ab.NoiseMeter(model, optimizer := adam(model), scaler=scaler)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.5), fused=fused)
+        meter = ab.NoiseMeter(model, optimizer, scaler=scaler)
         for index, x in enumerate(data, start=1):
             scaler.scale(squared(model, x) / 4).backward()
             if index % 4 == 0:
@@ -269,6 +272,22 @@ class TestOtherPasses:
         rows = meter.history.to_pandas()
         assert rows["global_batch"].tolist() == ([80.0] if scaler is None else [60.0, 80.0])
         assert math.isfinite(rows["noise_trace"].iloc[-1])
+
+    def test_branches_in_between_leave_the_rows(self):
+        """Their backward passes, on the measured parameters, are no windows of the loop."""
+        tables = []
+        for asked in (False, True):
+            model, data = small_model(), batches([4] * 24)
+            meter = ab.NoiseMeter(model, optimizer := adam(model))
+            plain(model, optimizer, data[:12], k=4, weigh=meter.weight)
+            if asked:
+                loss = lambda net, x: (squared(net, x), len(x))  # noqa: E731
+                check = lambda net, x=data[0]: squared(net, x)  # noqa: E731
+                pair, options = (model, optimizer), {"examples": 32, "repeats": 2, "progress": False}
+                ab.critical_batch(pair, data, loss, check, (1, 2), **options)
+            plain(model, optimizer, data[12:], k=4, weigh=meter.weight)
+            tables.append(meter.history.to_pandas().drop(columns="wall_seconds"))
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
 
     def test_a_pass_that_failed_costs_its_window_only(self):
         model, data = small_model(), batches([4] * 12)

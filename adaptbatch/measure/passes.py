@@ -143,7 +143,6 @@ class Passes:
             self.trouble = _PARTS
         self._stamps, self._touched = stamps, touched
         self.count += 1
-        self.backward_passes += 1
         self._measured = False
         try:
             sq_norm = self._sensor.sq_norm()
@@ -205,6 +204,7 @@ class Passes:
     def finish(self, skipped: bool) -> Window:
         """The window as a controller would have had it: its sums on their common scale, over all ranks."""
         self.windows += 1
+        self.backward_passes += self.count
         self.steps += not skipped
         sums, window = self._sensor.sums, Window(weight=self._weight, largest=self._largest)
         window.micro_batches = window.all_micro_batches = self.count
