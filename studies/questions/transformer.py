@@ -89,16 +89,20 @@ class Setting:
     """A model and a budget.
 
     Attributes:
-        millions: Budget [million characters].
+        millions: Budget [million characters], of a preset's millions.
         order: Where the blocks are normalised.
     """
 
-    millions: int
+    millions: float
     order: Order = "pre"
+
+    def budget(self, scale: Scale) -> int:
+        """Characters."""
+        return round(self.millions * scale.million)
 
     def task(self, scale: Scale, batch: int) -> LanguageTask:
         """What its arms share; ``batch`` characters a pass."""
-        budget = self.millions * scale.million
+        budget = self.budget(scale)
         return LanguageTask(
             "kjv",
             budget,
@@ -112,7 +116,7 @@ class Setting:
 
     def schedule(self, scale: Scale, warmup: bool = True) -> Schedule:
         """Of the learning rate; the warm-up is a tenth of a million whatever the budget."""
-        return Decay(self.millions * scale.million, WARMUP * scale.million / 1e6 if warmup else 0.0)
+        return Decay(self.budget(scale), WARMUP * scale.million / 1e6 if warmup else 0.0)
 
 
 SMALL = Setting(1)
@@ -150,7 +154,7 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
-    searches = {n: _search(setting, scale, n, found) for n in scale.batches}
+    searches = {n: search(setting, scale, n, found) for n in scale.batches}
     for search in searches.values():
         yield from search.planned(found)
     rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
@@ -162,13 +166,18 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
 def _reported(setting: Setting, scale: Scale, rates: dict[int, float], start: float, seeds: range) -> Iterator[Run]:
     # Seed by seed, so that what is finished can be compared.
     for seed in seeds:
-        yield from (_run("final", setting, scale, _fixed(setting, scale, n, lr), seed, n) for n, lr in rates.items())
+        yield from (fixed_run(setting, scale, n, lr, seed) for n, lr in rates.items())
         for method in METHODS:
             arm = replace(method.arm(start, setting.schedule(scale)), optimizer="adamw", beta2=0.99)
             yield _run("final", setting, scale, arm, seed)
 
 
-def _search(setting: Setting, scale: Scale, n: int, found: Found) -> Search:
+def fixed_run(setting: Setting, scale: Scale, n: int, lr: float, seed: int) -> Run:
+    """A reported run of a fixed batch."""
+    return _run("final", setting, scale, _fixed(setting, scale, n, lr), seed, n)
+
+
+def search(setting: Setting, scale: Scale, n: int, found: Found) -> Search:
     """A grid at one million; the best of it and those beside it for longer budgets; none while that is not known."""
 
     def runs(lr: float) -> list[Run]:
@@ -177,7 +186,7 @@ def _search(setting: Setting, scale: Scale, n: int, found: Found) -> Search:
 
     if setting.millions == 1:
         return Search(scale.rates, runs)
-    best = _search(SMALL, scale, n, found).best(found)
+    best = search(SMALL, scale, n, found).best(found)
     return Search(() if best is None else (best, *beside(best)), runs, refined=False)
 
 
@@ -214,7 +223,7 @@ def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
 
 
 def _largest(scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
-    searches = {n: _search(Setting(4), scale, n, found) for n in scale.batches[1:]}
+    searches = {n: search(Setting(4), scale, n, found) for n in scale.batches[1:]}
     rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
     if len(rates) < len(searches):
         return

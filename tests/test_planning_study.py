@@ -1,0 +1,140 @@
+"""The planning study: exact where its model holds, large errors where it does not, brackets that are found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from studies.engine import sweep as engine
+from studies.engine.results import write_atomically
+from studies.engine.sweep import Found, Options, Where, carry_out
+from studies.questions import live, planning, transformer
+from tests.test_plan import exact
+
+START, OPENING, SCALE = 32, 64_000.0, 200.0
+BATCHES = (16, 64, 128, 256, 512, 1024)
+BUDGETS = OPENING * 2.0 ** np.arange(-2, 5)
+
+
+def results(folder: Path, power: float = 1.0, seeds: int = 5, noise: float = 0.0) -> Path:
+    """A sweep whose loss follows the way that a step goes: ``E / (n + B)``, or ``E / (n + B)^power``."""
+    rng, rows, windows = np.random.default_rng(0), [], []
+
+    def loss(n: float, budget: float) -> float:
+        way = budget / (n + SCALE) * ((n + SCALE) / (START + SCALE)) ** (1.0 - power)
+        return float(40.0 * way**-0.1 * math.exp(noise * rng.standard_normal()))
+
+    for seed in range(seeds):
+        names = {"stage": "final", "task": "exact", "start": START, "seed": seed, "lr": 0.01}
+        names |= {"study": "planning", "key": "x"}
+        rows.append(names | {"batch": START, "budget": OPENING, "test_loss": loss(START, OPENING)})
+        rows += [
+            names | {"batch": n, "budget": budget, "test_loss": loss(n, budget)} for n in BATCHES for budget in BUDGETS
+        ]
+        table = exact(np.full(2_000, SCALE), batch=float(START)).assign(accumulation_steps=2)
+        for name in planning.CHANNELS.values():
+            table[name] = SCALE * np.exp(0.05 * rng.standard_normal(len(table))).cumprod() ** 0.1
+        windows.append(table.assign(task="exact", seed=seed, lr=0.01))
+    branches = pd.DataFrame(
+        {"task": "exact", "seed": [0, 0, 1], "at": [6e3, 3e4, 6e3], "critical": [128.0, 256.0, 128.0]}
+    )
+    branches = branches.assign(excluded=math.inf, smallest=32.0, largest=512.0, calibration=[1.0, 1.25, 0.8], lr=0.01)
+    branches = branches.assign(task="exact", **dict.fromkeys(planning.CHANNELS, SCALE))
+    engine.write(pd.DataFrame(rows), pd.DataFrame({"key": ["x"]}), folder / "planning")
+    write_atomically(pd.concat(windows, ignore_index=True), folder / "planning" / "windows.parquet")
+    write_atomically(branches, folder / "planning" / "branches.parquet")
+    return folder / "planning"
+
+
+def claims(folder: Path) -> pd.DataFrame:
+    return planning.tables(folder)["claims"]
+
+
+def test_where_its_model_holds_the_error_is_none(tmp_path: Path):
+    folder = results(tmp_path)
+    tables = planning.tables(folder)
+    found = tables["predictions"].set_index("batch")
+    np.testing.assert_allclose(found["updates"], found["predicted"], rtol=1e-3)
+    np.testing.assert_allclose(
+        found["updates"], OPENING / START * (1 + SCALE / found.index) / (1 + SCALE / START), rtol=1e-3
+    )
+    rows = tables["claims"].set_index("claim")
+    assert rows.loc["P1", "value"].to_numpy() == pytest.approx(1.0, abs=1e-3)
+    assert rows.loc["P1", "verdict"].tolist() == ["supported", "supported"]
+    assert rows.loc["P1, beside", "verdict"].tolist() == ["not supported", "not supported"]
+    assert rows.loc["P3", "verdict"].tolist() == ["supported"] * 3
+    assert (tables["followed"]["worst"] > 1.2).all()
+    planning.draw(folder)
+    assert (folder / "figure.png").stat().st_size > 20_000
+
+
+def test_where_it_does_not_hold_the_error_is_large(tmp_path: Path):
+    """Steps go a way that falls with the square of ``n + B``: a large batch takes far more updates."""
+    rows = claims(results(tmp_path, power=2.5)).set_index("claim")
+    assert (rows.loc["P1", "value"] > 1.7).all()
+    assert rows.loc["P1", "verdict"].tolist() == ["not supported", "not supported"]
+
+
+def test_noise_of_the_losses_widens_the_interval(tmp_path: Path):
+    (alone, *_), (noisy, *_) = (
+        claims(results(tmp_path / name, noise=noise)).to_dict("records") for name, noise in (("a", 0.0), ("b", 0.02))
+    )
+    assert noisy["high"] - noisy["low"] > 10 * (alone["high"] - alone["low"])
+    assert noisy["value"] < 1.5
+
+
+def test_a_batch_that_never_gets_there_has_an_infinite_error():
+    budgets, losses = np.array([1.0, 2.0]), np.array([3.0, 2.0])
+    assert planning.budget_for(budgets, losses, 1.0) == math.inf
+    assert planning.budget_for(budgets, losses, 3.5) == 0.0
+    never = {n: (np.array([1e4, 2e4]), np.full((2, 3), 5.0)) for n in (64, 128, 256)}
+    sweep = planning.Sweep(START, OPENING, np.full(3, 3.0), never, np.full(3, SCALE))
+    assert sweep.error(sweep.scales).value == math.inf
+
+
+def test_budgets_are_doubled_until_they_bracket_the_loss():
+    """From rows that are put there, run by run, as they would be trained."""
+    found, rates = Found(Path("nowhere")), dict.fromkeys((START, *BATCHES), 0.01)
+    (subject, *_) = planning.subjects(Options("laptop"))
+    assert subject.batches == (16, 32, 64, 128, 256, 512, 1024)
+    for _ in range(9):
+        missing = [run for run in planning._swept(subject, rates, range(2), found) if run not in found]
+        for run in missing:
+            labels = dict(run.labels)
+            found.rows[run.key] = {"test_loss": 40.0 * (labels["budget"] / (labels["batch"] + SCALE)) ** -0.1}
+        if not missing:
+            break
+    assert not missing
+    runs = pd.DataFrame([dict(run.labels) for run in planning._swept(subject, rates, range(2), found)])
+    for n, own in runs.groupby("batch"):
+        needed = subject.opening * (n + SCALE) / (START + SCALE)
+        assert own["budget"].min() <= needed <= own["budget"].max()
+        assert n == START or own["budget"].max() <= 4 * needed
+    shared = [run for run in planning._swept(subject, rates, range(2), found) if run.task.examples == 128_000]
+    assert shared[0].key == live.fixed_run(live.SETTINGS[0], live.SCALES["laptop"], 16, 0.01, 0).key
+
+
+def test_the_other_studies_own_sweeps_are_waited_for(tmp_path: Path):
+    assert planning.plan(Options("laptop"), Found(tmp_path)) == []
+
+
+def test_measured_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The smoke preset, smaller, on one seed: sweeps, brackets, meters, branches, tables, figure."""
+    monkeypatch.setitem(live.SCALES, "smoke", replace(live.SCALES["smoke"], examples=1_000))
+    monkeypatch.setitem(transformer.SCALES, "smoke", replace(transformer.SCALES["smoke"], million=6_000))
+    carry_out(planning.STUDY, Options("smoke", seeds=1), Where(1), tmp_path, tmp_path / "store")
+    folder = tmp_path / "planning"
+    windows, branches = (pd.read_parquet(folder / f"{name}.parquet") for name in ("windows", "branches"))
+    assert windows.groupby(["task", "seed"]).size().tolist() == [15, 5]
+    assert windows["noise_trace"].notna().all()
+    assert branches["critical"].tolist() == pytest.approx([32.0, 512.0], rel=1.0)
+    tables = planning.tables(folder)
+    assert set(tables) >= {"predictions", "claims", "ratios"}
+    planning.draw(folder)
+    monkeypatch.setattr(planning, "measured", lambda *_: pytest.fail("run again"))
+    carry_out(planning.STUDY, Options("smoke", seeds=1), Where(1), tmp_path, tmp_path / "store")
