@@ -59,7 +59,7 @@ class NoiseMeter:
 
     Args:
         model: As the loop calls it: plain, compiled, or wrapped in DistributedDataParallel.
-        optimizer: Its optimizer; the trainable parameters in its groups are measured.
+        optimizer: Its optimizer, wrapped or not; the trainable parameters in its groups are measured.
         metric: ``"adam"`` measures in the optimizer's metric too.
         population: Examples in the data set; see :class:`~adaptbatch.BatchController`. None: unlimited.
         ghost: Measure every example on its own, so that a window of one micro-batch holds evidence.
@@ -103,6 +103,7 @@ class NoiseMeter:
     ) -> None:
         require_unit(unit, ghost)
         require_pair(model, optimizer)
+        optimizer = _innermost(optimizer)
         require_shared_parameter(model, optimizer)
         require_plain_step(optimizer)
         require_scaler(scaler)
@@ -268,6 +269,13 @@ def _weak(method: Callable[..., None]) -> Callable[..., None]:
             own(*args)
 
     return call
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """What steps: a wrapper calls it when a window is complete, and need not have its hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _skips_within(optimizer: Optimizer) -> bool:

@@ -22,6 +22,8 @@ import adaptbatch as ab
 from tests import reference
 from tests.models import batches, small_model, squared
 from tests.processes import spawn
+from tests.accumulate.test_distributed import sharded_model, sharding
+from tests.models import batches, sgd, small_model, squared
 
 MEASURED = [
     *("examples_seen", "backward_passes", "accumulation_steps", "global_batch", "grad_sq_norm"),
@@ -487,6 +489,20 @@ class TestSeveralRanks:
         np.testing.assert_allclose(first["noise_trace"], expected[:, 0], rtol=1e-6)
         np.testing.assert_allclose(first["grad_sq_norm"], expected[:, 1], rtol=1e-6, atol=1e-12)
         assert first["global_batch"].tolist() == [30.0] * 8
+
+
+def sharded(rank: int) -> str:
+    model = sharded_model(half=False)
+    with pytest.raises(ValueError, match="sharded") as refused:
+        ab.NoiseMeter(model, sgd(model))
+    return str(refused.value)
+
+
+@sharding
+def test_a_sharded_model_is_refused(tmp_path: Path):
+    for message in spawn(sharded, tmp_path):
+        assert "must not be sharded for a NoiseMeter, got fully_shard" in message
+        assert "use a BatchController with rule=Fixed(k), or DistributedDataParallel" in message
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")

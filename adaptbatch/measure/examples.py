@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 
 class ExampleCount:
-    """The first dimension of the first tensor that a model is called with, for gradients, between two backward passes.
+    """The first dimension of the first tensor that a model was last called with, for gradients, before a backward pass.
 
-    A trainer may call parts of the model and never the whole: then the part that is called first counts.
+    A call that failed, or led to no backward pass, is forgotten with the next. A trainer may call parts of the model
+    and never the whole: then the part that is called first counts.
 
     Example:
         >>> import torch
@@ -32,6 +33,8 @@ class ExampleCount:
     def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self._model:
             self._forget_parts()
+            if torch.is_grad_enabled():
+                self._seen = None
         # Of a call for evaluation no backward pass follows.
         if self._seen is None and torch.is_grad_enabled():
             self._seen = first_dimension((args, kwargs))

@@ -161,6 +161,36 @@ def test_bfloat16_autocast_is_measured():
     assert rows[0]["batch_grad_norm"] != rows[1]["batch_grad_norm"]
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_meter_in_a_loop_that_accelerate_accumulates(before: bool):
+    """Its optimizer stepped by the wrapper, wherever the line stands; the rows are those of a controller's loop."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    plain, twin = small_model(), small_model()
+    optimizer, data = sgd(plain), loader(96)
+    meter = ab.NoiseMeter(plain, optimizer) if before else None
+    model, optimizer, data = accelerator.prepare(plain, optimizer, data)
+    if meter is None:
+        meter = ab.NoiseMeter(model, optimizer)
+    for (x,) in data:
+        with accelerator.accumulate(model):
+            accelerator.backward(squared(model, x))
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
+    controller = ab.BatchController(twin, sgd(twin), rule=ab.Fixed(4))
+    for (x,) in controller.micro_batches(loader(96)):
+        controller.backward(squared(twin, x), weight=len(x))
+        if controller.step_due:
+            nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+            controller.step()
+    ours, theirs = meter.history.to_pandas(), controller.history.to_pandas()
+    assert equal_state(plain, twin)
+    columns = ["accumulation_steps", "global_batch", "examples_seen", "noise_trace", "grad_sq_norm", "noise_scale"]
+    pd.testing.assert_frame_equal(ours[columns], theirs[columns], check_exact=False, rtol=1e-6)
+    meter.close()
+
+
 def test_accumulation_of_its_own_is_refused():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = nn.Linear(4, 3)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent
 from typing import get_args
 
 import pytest
+import torch
 
 import adaptbatch as ab
 from adaptbatch.records import Reason
@@ -50,10 +54,40 @@ def test_the_loop_in_parts_counts_every_token():
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.parametrize("name", [name for name, page in MANUAL.items() if programs(page)])
-def test_the_programs_of_a_page_run_in_their_order(name):
+def test_the_programs_of_a_page_run_in_their_order(name, tmp_path, monkeypatch):
+    # Some write where they are.
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for index, program in enumerate(programs(MANUAL[name])):
         exec(compile(program, f"<{name}, program {index + 1}>", "exec"), names)
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "lightning"])
+def test_a_trainers_script_is_as_it_was_but_for_the_meters_lines(trainer, tmp_path):
+    """With them and without, each in a process of its own: the same parameters to the bit, and a page that advises."""
+    (program,) = [
+        block for block in programs(MANUAL["meter"]) if f"import {trainer}" in block or f"from {trainer}" in block
+    ]
+    without = "".join(line for line in program.splitlines(keepends=True) if not re.search(r"\bab\b", line))
+    assert program.count("\n") - without.count("\n") == 3
+    assert "adaptbatch" not in without
+    for name, text in (("with", program), ("without", without)):
+        (tmp_path / name).mkdir()
+        place = tmp_path / name / "script.py"
+        place.write_text(text + 'torch.save(model.state_dict(), "model.pt")\n')
+        found = subprocess.run(
+            [sys.executable, place.name],
+            cwd=place.parent,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert found.returncode == 0, found.stderr
+        assert "NoiseMeter" not in found.stderr
+    ours, theirs = (torch.load(tmp_path / name / "model.pt") for name in ("with", "without"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    page = (tmp_path / "with" / "noise.html").read_text()
+    assert re.search(r"Take [\d,]+ examples a step \(k = \d+ on 1 device\)", page)
 
 
 def test_readme_is_two_screens():
