@@ -17,6 +17,7 @@ from studies.engine.results import RESULTS, write_atomically
 from studies.engine.runner import RUNS, provenance, run_all
 from studies.engine.sweep import Cluster, Preset, Study
 from studies.output.figures import closed_loop_figure, quick_figure
+from studies.output.plan_figure import quick_plan
 from studies.questions import catalogue
 from studies.questions import quick as quick_study
 from studies.questions import two_networks as two_networks_study
@@ -60,8 +61,9 @@ def quick(
         micro_batch=quick_study.MICRO_BATCH,
         collapsed=quick_study.TASK.collapsed_loss(),
     )
+    quick_plan(results, out / "plan.png", *quick_study.PLANNED)
     print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/engine/schema.py)")
-    print(f"figure  {out / 'figure.png'}")
+    print(f"figures {out / 'figure.png'}, {out / 'plan.png'}")
     print(f"took    {time.perf_counter() - started:.0f} s")
 
 
@@ -269,10 +271,13 @@ def _report(study: Study, folder: Path) -> None:
 
 @app.command
 def readme() -> None:
-    """Write the numbers of README.md from the committed results."""
+    """Write the numbers of README.md from the committed results, and draw its plan."""
     from studies.output import readme as page
 
     page.write()
+    quick_plan(
+        pd.read_parquet(RESULTS / "quick" / "results.parquet"), RESULTS / "quick" / "plan.png", *quick_study.PLANNED
+    )
 
 
 def show(table: pd.DataFrame, title: str) -> None:

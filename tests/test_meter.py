@@ -20,10 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 import adaptbatch as ab
 from tests import reference
-from tests.models import batches, small_model, squared
-from tests.processes import spawn
 from tests.accumulate.test_distributed import sharded_model, sharding
 from tests.models import batches, sgd, small_model, squared
+from tests.processes import spawn
 
 MEASURED = [
     *("examples_seen", "backward_passes", "accumulation_steps", "global_batch", "grad_sq_norm"),

@@ -1,4 +1,4 @@
-"""The picture of the planning study: what one run foretold, what it took, and what a recommendation costs."""
+"""Pictures of plans: what one run foretells; in the planning study beside what it took, and what following it costs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+import adaptbatch as ab
+from adaptbatch.planning.advice import Plan
 from studies.output.style import KINDS, STYLE, save
 
 FORETOLD, CALIBRATED = KINDS["adaptive"][0], KINDS["other"][0]
@@ -149,3 +151,83 @@ def _factors(top: float) -> tuple[list[float], list[str]]:
 def _plain(axes: Axes) -> None:
     """No ticks but those with a number."""
     axes.minorticks_off()
+
+
+# Of a device that joins others; nothing here measures it [s].
+SYNC = 0.005
+SIDE = (1, 8, 64)
+LISTED = [2**power for power in range(4, 12)]
+
+
+def quick_plan(results: pd.DataFrame, path: Path, adaptive: str, fixed: str) -> None:
+    """What one run of the main job says of every batch, and of devices; another run says so too.
+
+    Args:
+        results: The study's table, one seed.
+        path: PNG to write.
+        adaptive: The arm that is planned from: its windows of several sizes tell a step's seconds from an example's.
+        fixed: Another, whose noise scale is measured at another batch.
+    """
+    runs = {arm: results[results["arm"] == arm].reset_index(drop=True) for arm in (adaptive, fixed)}
+    plans = [ab.plan(runs[adaptive], LISTED, count, micro_batch=1.0, seconds_per_sync=SYNC) for count in SIDE]
+    other = ab.plan(runs[fixed], LISTED)
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3), layout="constrained")
+        _foretold(left, plans[0], other, {adaptive: runs[adaptive], fixed: runs[fixed]})
+        _by_devices(right, plans)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _foretold(axes: Axes, plan: Plan, other: Plan, runs: Mapping[str, pd.DataFrame]) -> None:
+    """Steps and examples of every batch, with their intervals, from either run."""
+    batch = plan.table["batch"]
+    for name, colour in (("steps", "#0072B2"), ("examples", "#D55E00")):
+        axes.plot(batch, plan.table[f"{name}_factor"], color=colour, lw=1.8, label=f"{name}, over the least")
+        low, high = plan.table[f"{name}_factor_low"], plan.table[f"{name}_factor_high"]
+        axes.fill_between(batch, low, high, color=colour, alpha=0.2, lw=0)
+        axes.plot(batch, other.table[f"{name}_factor"], color=colour, lw=1.0, ls=":")
+    first, second = runs
+    axes.set_title(f"What one run ({first}) says of every batch", fontsize=9)
+    low, high = plan.critical[1:]
+    label = f"where both cost twice: B = {plan.critical[0]:.0f} ({low:.0f} to {high:.0f})"
+    axes.axvline(plan.critical[0], color="#777777", lw=0.8, label=label)
+    axes.plot([], [], color="#777777", lw=1.0, ls=":", label=f"the same by the run {second}: {other.critical[0]:.0f}")
+    _axes_of_factors(axes, batch, 45.0)
+    axes.legend(fontsize=7.5, loc="upper center")
+
+
+def _by_devices(axes: Axes, plans: list[Plan]) -> None:
+    """Seconds of every batch by devices, over those of the best on one, and what is recommended."""
+    first = plans[0]
+    least = _seconds(first, first.table["batch"], 1).min()
+    for colour, plan in zip(("#999999", "#56B4E9", "#0072B2"), plans, strict=True):
+        count, recommended = plan.recommended.devices, plan.recommended.batch
+        held = plan.table["batch"][plan.table["batch"] >= count]
+        axes.plot(held, _seconds(plan, held, count) / least, color=colour, lw=1.8)
+        at = float(_seconds(plan, pd.Series([recommended]), count).iloc[0] / least)
+        axes.plot(recommended, at, "D", color=colour, markersize=6)
+        said = f"{count} device{'s' * (count > 1)}: take {recommended:,.0f}"
+        place = (0, 11) if count < max(SIDE) else (0, -14)
+        axes.annotate(said, (recommended, at), place, textcoords="offset points", fontsize=8, ha="center")
+    axes.set_title("Seconds, over the best on one device", fontsize=9)
+    _axes_of_factors(axes, first.table["batch"], 8.0, bottom=0.12)
+    axes.set_xlabel(f"batch [examples]; several devices: {1000 * SYNC:.0f} ms a synchronisation")
+
+
+def _seconds(plan: Plan, batch: pd.Series, devices: int) -> pd.Series:
+    assert plan.seconds is not None
+    each = batch.map(lambda n: plan.seconds.seconds(n, devices))  # type: ignore[union-attr]
+    return (1.0 + plan.critical[0] / batch) * each
+
+
+def _axes_of_factors(axes: Axes, batch: pd.Series, top: float, bottom: float = 0.9) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(batch, [f"{n:,.0f}" for n in batch], fontsize=8, rotation=45)
+    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0) if bottom <= tick <= top]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_ylim(bottom, top)
+    axes.minorticks_off()
+    axes.set_xlabel("batch [examples]")

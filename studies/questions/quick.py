@@ -30,6 +30,8 @@ ADAPTIVE = "adaptive"
 # What live's tuning found, for a fixed batch and for the one from which the adaptive arm starts.
 RATES = {64: 1.6e-2, 192: 1.6e-2, 512: 1.6e-2}
 START_RATE = 8e-3
+# A plan is drawn from the first: its windows of several sizes tell a step's seconds from an example's.
+PLANNED = (ADAPTIVE, "fixed 192")
 
 
 def passes(batch: int) -> int:

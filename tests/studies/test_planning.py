@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.pyplot import imread
 
 from studies.engine import sweep as engine
-from studies.engine.results import write_atomically
+from studies.engine.results import RESULTS, write_atomically
 from studies.engine.sweep import Found, Options, Where, carry_out
-from studies.questions import live, planning, transformer
-from tests.test_plan import exact
+from studies.output.plan_figure import quick_plan
+from studies.questions import live, planning, quick, transformer
+from tests.planning.test_plan import exact
 
 START, OPENING, SCALE = 32, 64_000.0, 200.0
 BATCHES = (16, 64, 128, 256, 512, 1024)
@@ -117,6 +119,14 @@ def test_budgets_are_doubled_until_they_bracket_the_loss():
         assert n == START or own["budget"].max() <= 4 * needed
     shared = [run for run in planning._swept(subject, rates, range(2), found) if run.task.examples == 128_000]
     assert shared[0].key == live.fixed_run(live.SETTINGS[0], live.SCALES["laptop"], 16, 0.01, 0).key
+
+
+def test_the_plan_of_the_main_job_is_drawn_from_its_rows(tmp_path: Path):
+    rows = pd.read_parquet(RESULTS / "quick" / "results.parquet")
+    quick_plan(rows, tmp_path / "plan.png", *quick.PLANNED)
+    quick_plan(rows, tmp_path / "again.png", *quick.PLANNED)
+    assert (tmp_path / "plan.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    assert imread(tmp_path / "plan.png").std() > 0.05
 
 
 def test_the_other_studies_own_sweeps_are_waited_for(tmp_path: Path):
