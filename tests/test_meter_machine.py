@@ -117,6 +117,8 @@ class Meter(RuleBasedStateMachine):
 
         self.both(act)
         self.twin.passed(size, gradient, declared)
+        # Only what is written after the last pass is seen as a change at the window's end.
+        self.partial = False
 
     @rule(
         sizes=st.lists(st.integers(1, 6), min_size=2, max_size=5),
@@ -137,6 +139,7 @@ class Meter(RuleBasedStateMachine):
     def backward_of_infinity(self) -> None:
         self.both(lambda model, _, scaler: scaler.scale(squared(model, torch.full((2, 4), torch.inf))).backward())
         self.twin.passed(2, self.gradient(self.drawn(2)), declared=False)
+        self.partial = False
         self.poisoned = True
 
     @rule()

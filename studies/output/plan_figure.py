@@ -9,10 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
 import adaptbatch as ab
 from adaptbatch.planning.advice import Plan
-from studies.output.style import KINDS, STYLE, save
+from studies.output.style import KINDS, STYLE, save, short
 
 FORETOLD, CALIBRATED = KINDS["adaptive"][0], KINDS["other"][0]
 QUIET = "#AAAAAA"
@@ -111,7 +112,11 @@ def _noise(axes: Axes, windows: pd.DataFrame, critical: pd.DataFrame) -> None:
         tops.append(2.5 * critical["critical"].max())
     if np.isfinite(tops).any():
         axes.set_yscale("log")
-        axes.set_ylim(top=2.0 * np.nanmax(tops))
+        low, high = axes.get_ylim()[0], 3.0 * float(np.nanmax(tops))
+        axes.set_ylim(low, high)
+        ticks = [m * 10.0**power for power in range(9) for m in (1, 2, 5) if low <= m * 10.0**power <= high]
+        axes.set_yticks(ticks, [short(tick) for tick in ticks])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
     _plain(axes)
     axes.set_xlabel("examples or characters seen")
 

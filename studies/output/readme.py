@@ -100,7 +100,10 @@ def quick_section() -> str:
     )
 
 
-CLAIMED = ("live", "comparison", "bursts", "origin-live", "sensitivity", "momentum", "depth", "frontier", "favourable")
+CLAIMED = (
+    *("live", "planning", "comparison", "bursts", "origin-live"),
+    *("sensitivity", "momentum", "depth", "frontier", "favourable"),
+)
 
 
 def comparison_section() -> str:
