@@ -11,11 +11,13 @@ What it is compared with: updates for an equal *final* loss. In the sweeps of :m
 early has not annealed there and one that crosses late has: updates-to-target of one curve has that bias. Here every run
 decays to zero over its own budget, and ``E(n)`` is the budget at which batch ``n`` ends at the loss ``L`` of the
 measured run: budgets are doubled or halved from the sweep's own until they bracket ``L``, with a line through the
-logarithms of both between the two; ``S(n) = E(n) / n``. The measured run has half the sweep's budget, so that
-large batches need not be trained for eight times as long. Runs with a constant rate, whose curves have no such bias,
-were the alternative: but there small batches end at the floor of their rate, a tuned constant rate is another for each
-target, and no one trains so. Batches are the sweep's powers of two (16 to 1024 examples; 256 to 8,192 characters), the
-loss is ``test_loss``, the rates are those that the sweep's search found. A task whose sweep is not there waits for it.
+logarithms of both between the two; ``S(n) = E(n) / n``. The measured run has a quarter of the sweep's budget (the
+transformer's, because of its warm-up, half), so that large batches need not be trained for eight times as long. Runs
+with a constant rate, whose curves have no such bias, were the alternative: but there small batches end at the floor of
+their rate, a tuned constant rate is another for each target, and no one trains so. Batches are the sweep's powers of
+two (16 to 1024 examples; 256 to 8,192 characters), the loss is ``test_loss``. Rates are those that the sweep's search
+found at its own budget, at every budget: where a longer one would want a lower rate, large batches look dearer than
+they are. A task whose sweep is not there waits for it.
 
 Registered before its runs:
 
@@ -24,11 +26,11 @@ Registered before its runs:
   predicts from its own run; ``S(n)`` is of the seeds' mean log loss. 95 % intervals draw seeds again, for runs and
   sweep alike. A batch whose budgets do not bracket ``L`` within a factor of eight has an infinite error, and so has a
   run without evidence. Beside it stand two predictors that measure nothing: as many updates, and as many examples.
-* P2: :func:`adaptbatch.critical_batch` after a tenth, four tenths and eight tenths of the measured run, on two of the
-  seeds (steps of 2 to 32 micro-batches, three repeats, tolerance 1 %): the ratio of the critical batch to the noise
-  scale that the meter's last row has, Euclidean, in Adam's metric, and (Euclidean) of the typical window. A channel is
-  *steady* where ratios of a task scatter by less than a factor of 2 (the exponential of the standard deviation of their
-  logarithms, with its chi-squared interval). All three are reported.
+* P2: :func:`adaptbatch.critical_batch` after 0.15, 0.4 and 0.8 of the measured run, on two of the seeds (steps of 2 to
+  32 micro-batches, three repeats, tolerance 1 %): the ratio of the critical batch to the noise scale that the meter's
+  last row has, Euclidean, in Adam's metric, and (Euclidean) of the typical window. A channel is *steady* where ratios
+  of a task scatter by less than a factor of 2 (the exponential of the standard deviation of their logarithms, with its
+  chi-squared interval). All three are reported.
 * P3: the batch that ``plan`` recommends from one seed's rows is followed on the other seeds, whose runs of that batch
   the sweep has. Its modelled time ``S(n) (fixed + sync + per_example n / devices)`` over that of the sweep's best batch
   has a geometric mean below 1.10, at 1, 8 and 64 devices. A window's fixed part takes as long as one micro-batch, its
@@ -36,9 +38,11 @@ Registered before its runs:
 
 A claim is supported if its whole interval is below its bound, not supported if none of it is, else undecided.
 
-Plan, on one core at 60 s for 128,000 examples in passes of 16: each of the two autoencoders on MNIST 55 runs of 2 to
-50 s for the brackets, 5 measured runs of 40 s, 6 branchings of 60 s: half an hour each; the transformer 20 minutes.
-Fashion-MNIST and Shuttle come after, without branches: 20 minutes each.
+Plan, on one core at 60 s for 128,000 examples in passes of 16. Brackets depend on the noise scale, which says how far
+budgets are doubled: 50 to 60 runs and 7 to 14 minutes for each of the two autoencoders on MNIST (scales of 600 to 60
+examples), 35 to 50 runs and 4 to 16 minutes for the transformer (6,000 to 500 characters). Measured runs 5 for each
+task, 3 minutes; branches 6 for each task, 7 minutes. In all 50 to 75 minutes. Fashion-MNIST and Shuttle come after,
+without branches: 10 to 17 minutes each.
 """
 
 from __future__ import annotations
@@ -74,7 +78,7 @@ SEEDS = {"smoke": 2, "laptop": 5, "paper": 5}
 STEPS = 2
 REACH = 8
 # Branches are after these shares of the measured run, on so many seeds.
-POINTS, BRANCHED = (0.1, 0.4, 0.8), 2
+POINTS, BRANCHED = (0.15, 0.4, 0.8), 2
 DEVICES = (1, 8, 64)
 # In units of a micro-batch's time; and how many parts of it a device may be given.
 FIXED, SYNC, PARTS = 1.0, 4.0, 16
@@ -118,6 +122,7 @@ class Subject:
         batches: Of the sweep, that are compared.
         search: Of the sweep, for a batch's rate.
         run: A fixed batch's run: budget, batch, rate, seed.
+        part: Of the sweep's budget that the measured run has, one of so many.
         branched: Whether it has branches.
     """
 
@@ -128,12 +133,13 @@ class Subject:
     batches: tuple[int, ...]
     search: Callable[[int, Found], Search]
     run: Callable[[int, int, float, int], Run]
+    part: int = 4
     branched: bool = True
 
     @property
     def opening(self) -> int:
         """Budget of the measured run."""
-        return self.budget // 2
+        return self.budget // self.part
 
     def labelled(self, budget: int, batch: int, lr: float, seed: int) -> Run:
         """A run with its labels."""
@@ -187,6 +193,8 @@ def _language(preset: str) -> Subject:
         _powers(scale.batches),
         lambda n, found: transformer.search(small, scale, n, found),
         run,
+        # Of a quarter, the warm-up would be nearly half.
+        part=2,
     )
 
 
@@ -217,7 +225,8 @@ def _swept(subject: Subject, rates: Mapping[int, float], seeds: range, found: Fo
     for n in rates:
         if n == subject.start:
             continue
-        budgets: list[int] = [subject.opening, subject.budget]
+        # The sweep's own runs are there.
+        budgets: list[int] = [subject.opening if n < 4 * subject.start else subject.budget]
         while target is not None:
             losses = [_log_loss(own(n, budget), found) for budget in budgets]
             wanted = None if None in losses else next_budget(budgets, losses, target)  # type: ignore[arg-type]

@@ -155,9 +155,9 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     searches = {n: search(setting, scale, n, found) for n in scale.batches}
-    for search in searches.values():
-        yield from search.planned(found)
-    rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
+    for each in searches.values():
+        yield from each.planned(found)
+    rates = {n: rate for n, each in searches.items() if (rate := each.best(found)) is not None}
     start = searches[START].first(found)
     if start is not None and len(rates) == len(searches):
         yield from _reported(setting, scale, rates, start, seeds)
@@ -224,7 +224,7 @@ def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
 
 def _largest(scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     searches = {n: search(Setting(4), scale, n, found) for n in scale.batches[1:]}
-    rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
+    rates = {n: rate for n, each in searches.items() if (rate := each.best(found)) is not None}
     if len(rates) < len(searches):
         return
     for run in _reported(LARGE, scale, rates, rates[START], seeds):

@@ -117,8 +117,8 @@ def test_budgets_are_doubled_until_they_bracket_the_loss():
         needed = subject.opening * (n + SCALE) / (START + SCALE)
         assert own["budget"].min() <= needed <= own["budget"].max()
         assert n == START or own["budget"].max() <= 4 * needed
-    shared = [run for run in planning._swept(subject, rates, range(2), found) if run.task.examples == 128_000]
-    assert shared[0].key == live.fixed_run(live.SETTINGS[0], live.SCALES["laptop"], 16, 0.01, 0).key
+    shared = {run.key for run in planning._swept(subject, rates, range(2), found) if run.task.examples == 128_000}
+    assert live.fixed_run(live.SETTINGS[0], live.SCALES["laptop"], 1024, 0.01, 0).key in shared
 
 
 def test_the_plan_of_the_main_job_is_drawn_from_its_rows(tmp_path: Path):
@@ -135,7 +135,7 @@ def test_the_other_studies_own_sweeps_are_waited_for(tmp_path: Path):
 
 def test_measured_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The smoke preset, smaller, on one seed: sweeps, brackets, meters, branches, tables, figure."""
-    monkeypatch.setitem(live.SCALES, "smoke", replace(live.SCALES["smoke"], examples=1_000))
+    monkeypatch.setitem(live.SCALES, "smoke", replace(live.SCALES["smoke"], examples=2_000))
     monkeypatch.setitem(transformer.SCALES, "smoke", replace(transformer.SCALES["smoke"], million=6_000))
     carry_out(planning.STUDY, Options("smoke", seeds=1), Where(1), tmp_path, tmp_path / "store")
     folder = tmp_path / "planning"
