@@ -198,7 +198,7 @@ def _foretold(axes: Axes, plan: Plan, other: Plan, runs: Mapping[str, pd.DataFra
     low, high = plan.critical[1:]
     label = f"where both cost twice: B = {plan.critical[0]:.0f} ({low:.0f} to {high:.0f})"
     axes.axvline(plan.critical[0], color="#777777", lw=0.8, label=label)
-    axes.plot([], [], color="#777777", lw=1.0, ls=":", label=f"the same by the run {second}: {other.critical[0]:.0f}")
+    axes.plot([], [], color="#777777", lw=1.0, ls=":", label=f"by the run {second}: B = {other.critical[0]:.0f}")
     _axes_of_factors(axes, batch, 45.0)
     axes.legend(fontsize=7.5, loc="upper center")
 

@@ -215,7 +215,8 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
         yield from search.planned(found)
     if any(search.best(found) is None for search in (*searches.values(), *warm.values())):
         return
-    fixed = {n: _better(setting, scale, n, searches[n], warm.get(n), found) for n in searches}
+    rates = {n: tuned(search, warm.get(n), found) for n, search in searches.items()}
+    fixed = {n: fixed_arm(setting, scale, n, warmup)(lr) for n, (lr, warmup) in rates.items()}
     start = {n: rate for n, search in searches.items() if (rate := search.first(found)) is not None}
     ramp = Method("ramp 2 to 16", ab.Ramp(2, 16, float(scale.examples)))
     methods = [method for method in (*METHODS, ramp) if setting.whole or method.label in FEW]
@@ -238,13 +239,13 @@ def fixed_arm(setting: Setting, scale: Scale, n: int, warmup: float = 0.0) -> Ca
     return lambda lr: Arm(f"fixed {n}", ab.Fixed(math.ceil(n / PASS)), lr, setting.schedule(scale, warmup))
 
 
-def _better(setting: Setting, scale: Scale, n: int, plain: Search, warm: Search | None, found: Found) -> Arm:
-    """The tuned arm of a fixed batch, with a warm-up where that was better on the tuning seeds."""
+def tuned(plain: Search, warm: Search | None, found: Found) -> tuple[float, float]:
+    """A fixed batch's rate, and the share of its warm-up, where one was better on the tuning seeds; all finished."""
     warms = warm is not None and warm.least(found) < plain.least(found)
     search = warm if warm is not None and warms else plain
     lr = search.best(found)
     assert lr is not None
-    return fixed_arm(setting, scale, n, WARMUP if warms else 0.0)(lr)
+    return lr, WARMUP if warms else 0.0
 
 
 def labelled(

@@ -15,9 +15,9 @@ logarithms of both between the two; ``S(n) = E(n) / n``. The measured run has a 
 transformer's, because of its warm-up, half), so that large batches need not be trained for eight times as long. Runs
 with a constant rate, whose curves have no such bias, were the alternative: but there small batches end at the floor of
 their rate, a tuned constant rate is another for each target, and no one trains so. Batches are the sweep's powers of
-two (16 to 1024 examples; 256 to 8,192 characters), the loss is ``test_loss``. Rates are those that the sweep's search
-found at its own budget, at every budget: where a longer one would want a lower rate, large batches look dearer than
-they are. A task whose sweep is not there waits for it.
+two (16 to 1024 examples; 256 to 8,192 characters), the loss is ``test_loss``. Rates and warm-ups (as shares) are those
+that the sweep's search found at its own budget: where a longer one would want a lower rate, large batches look dearer
+than they are. A task whose sweep is not there waits for it.
 
 Registered before its runs:
 
@@ -86,6 +86,8 @@ BOUNDS = {"alone": 1.5, "calibrated": 1.25}
 STEADY, NEAR = 2.0, 1.10
 RESAMPLES = 2_000
 CHANNELS = {"euclidean": "noise_scale", "adam": "noise_scale_metric", "typical": "noise_scale_typical"}
+# A rate, and the share of the budget over which it warms up.
+Tuned = tuple[float, float]
 KEPT = ["examples_seen", "accumulation_steps", "global_batch", "grad_sq_norm", "noise_trace", *CHANNELS.values()]
 
 
@@ -120,8 +122,9 @@ class Subject:
         start: ``n0``, the batch of the measured run.
         budget: Of the sweep.
         batches: Of the sweep, that are compared.
-        search: Of the sweep, for a batch's rate.
-        run: A fixed batch's run: budget, batch, rate, seed.
+        searches: Of the sweep, for the rates of these batches.
+        tuned: A batch's rate and the share of its warm-up, once they are finished.
+        run: A fixed batch's run: budget, batch, rate and share, seed.
         part: Of the sweep's budget that the measured run has, one of so many.
         branched: Whether it has branches.
     """
@@ -131,8 +134,9 @@ class Subject:
     start: int
     budget: int
     batches: tuple[int, ...]
-    search: Callable[[int, Found], Search]
-    run: Callable[[int, int, float, int], Run]
+    searches: Callable[[Found], list[Search]]
+    tuned: Callable[[int, Found], Tuned]
+    run: Callable[[int, int, Tuned, int], Run]
     part: int = 4
     branched: bool = True
 
@@ -141,10 +145,11 @@ class Subject:
         """Budget of the measured run."""
         return self.budget // self.part
 
-    def labelled(self, budget: int, batch: int, lr: float, seed: int) -> Run:
+    def labelled(self, budget: int, batch: int, tuned: Tuned, seed: int) -> Run:
         """A run with its labels."""
-        labels = {"stage": "final", "task": self.name, "budget": budget, "batch": batch, "lr": lr, "start": self.start}
-        return replace(self.run(budget, batch, lr, seed), labels=tuple((labels | {"fixed": 1}).items()))
+        labels = {"stage": "final", "task": self.name, "budget": budget, "batch": batch, "start": self.start}
+        labels |= {"lr": tuned[0], "warmup": tuned[1], "fixed": 1}
+        return replace(self.run(budget, batch, tuned, seed), labels=tuple(labels.items()))
 
 
 def subjects(options: Options) -> list[Subject]:
@@ -163,35 +168,46 @@ def subjects(options: Options) -> list[Subject]:
 
 def _autoencoder(setting: live.Setting, preset: str) -> Subject:
     scale = live.SCALES[preset]
-    data = setting.data or scale.home
+    data, batches = setting.data or scale.home, _powers(scale.batches)
+    plain, warm = (live.fixed_searches(setting, scale, share) for share in (0.0, live.WARMUP))
 
-    def run(budget: int, batch: int, lr: float, seed: int) -> Run:
-        return live.fixed_run(setting, replace(scale, examples=budget), batch, lr, seed)
+    def run(budget: int, batch: int, tuned: Tuned, seed: int) -> Run:
+        arm = live.fixed_arm(setting, own := replace(scale, examples=budget), batch, tuned[1])(tuned[0])
+        return live.labelled("final", setting, own, arm, seed, batch)
 
     return Subject(
         f"{setting.network}, {data}",
         data,
         live.START,
         scale.examples,
-        _powers(scale.batches),
-        lambda n, found: live.search(setting, scale, n),
+        batches,
+        lambda found: [kind[n] for kind in (plain, warm) for n in batches if n in kind],
+        lambda n, found: live.tuned(plain[n], warm.get(n), found),
         run,
     )
 
 
 def _language(preset: str) -> Subject:
     scale, small = transformer.SCALES[preset], transformer.SMALL
+    batches = _powers(scale.batches)
 
-    def run(budget: int, batch: int, lr: float, seed: int) -> Run:
-        return transformer.fixed_run(replace(small, millions=budget / scale.million), scale, batch, lr, seed)
+    def run(budget: int, batch: int, tuned: Tuned, seed: int) -> Run:
+        return transformer.fixed_run(replace(small, millions=budget / scale.million), scale, batch, tuned[0], seed)
+
+    def tuned(n: int, found: Found) -> Tuned:
+        lr = transformer.search(small, scale, n, found).best(found)
+        assert lr is not None
+        # It has a warm-up of its own.
+        return lr, 0.0
 
     return Subject(
         "transformer",
         "kjv",
         transformer.START,
         small.budget(scale),
-        _powers(scale.batches),
-        lambda n, found: transformer.search(small, scale, n, found),
+        batches,
+        lambda found: [transformer.search(small, scale, n, found) for n in batches],
+        tuned,
         run,
         # Of a quarter, the warm-up would be nearly half.
         part=2,
@@ -206,17 +222,17 @@ def plan(options: Options, found: Found) -> list[Run]:
     """Of every task whose sweep is there, budgets until they bracket the loss of its measured run."""
     runs: list[Run] = []
     for subject in subjects(options):
-        searches = {n: subject.search(n, found) for n in subject.batches}
+        searches = subject.searches(found)
         if options.preset == "smoke":
             # A laptop's sweep takes hours, and is its own study's to run.
-            runs += [run for search in searches.values() for run in search.planned(found)]
-        rates = {n: rate for n, search in searches.items() if (rate := search.best(found)) is not None}
-        if len(rates) == len(searches):
+            runs += [run for search in searches for run in search.planned(found)]
+        if all(search.best(found) is not None for search in searches):
+            rates = {n: subject.tuned(n, found) for n in subject.batches}
             runs += _swept(subject, rates, range(options.seeds or SEEDS[options.preset]), found)
     return runs
 
 
-def _swept(subject: Subject, rates: Mapping[int, float], seeds: range, found: Found) -> Iterator[Run]:
+def _swept(subject: Subject, rates: Mapping[int, Tuned], seeds: range, found: Found) -> Iterator[Run]:
     def own(n: int, budget: int) -> list[Run]:
         return [subject.labelled(budget, n, rates[n], seed) for seed in seeds]
 
@@ -370,7 +386,7 @@ def measure(options: Options, workers: int, folder: Path) -> None:
         own = own[(own["batch"] == subject.start) & (own["budget"] == subject.opening)] if len(own) else own
         for row in own.to_dict("records"):
             if (subject.name, row["seed"], row["lr"]) not in there:
-                run = subject.labelled(subject.opening, subject.start, row["lr"], row["seed"])
+                run = subject.labelled(subject.opening, subject.start, (row["lr"], row["warmup"]), row["seed"])
                 branched = subject.branched and row["seed"] < BRANCHED
                 jobs.append((run, BRANCHES[options.preset] if branched else NONE))
     with (

@@ -101,7 +101,7 @@ def test_a_batch_that_never_gets_there_has_an_infinite_error():
 
 def test_budgets_are_doubled_until_they_bracket_the_loss():
     """From rows that are put there, run by run, as they would be trained."""
-    found, rates = Found(Path("nowhere")), dict.fromkeys((START, *BATCHES), 0.01)
+    found, rates = Found(Path("nowhere")), dict.fromkeys((START, *BATCHES), (0.01, 0.0))
     (subject, *_) = planning.subjects(Options("laptop"))
     assert subject.batches == (16, 32, 64, 128, 256, 512, 1024)
     for _ in range(9):
@@ -118,7 +118,9 @@ def test_budgets_are_doubled_until_they_bracket_the_loss():
         assert own["budget"].min() <= needed <= own["budget"].max()
         assert n == START or own["budget"].max() <= 4 * needed
     shared = {run.key for run in planning._swept(subject, rates, range(2), found) if run.task.examples == 128_000}
-    assert live.fixed_run(live.SETTINGS[0], live.SCALES["laptop"], 1024, 0.01, 0).key in shared
+    setting, scale = live.SETTINGS[0], live.SCALES["laptop"]
+    arm = live.fixed_arm(setting, scale, 1024)(0.01)
+    assert live.labelled("final", setting, scale, arm, 0, 1024).key in shared
 
 
 def test_the_plan_of_the_main_job_is_drawn_from_its_rows(tmp_path: Path):
