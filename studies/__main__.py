@@ -42,8 +42,8 @@ def quick(
     if ranks.world_size() > 1 and out == RUNS / "quick":
         out = out.with_name(f"quick-{ranks.world_size()}-ranks")
     if fresh:
-        for run in runs:
-            run.path(out).unlink(missing_ok=True)
+        for path in (out / "results.parquet", *(run.path(out) for run in runs)):
+            path.unlink(missing_ok=True)
     # Where arms are kept from before, so is what is said of their code.
     if ranks.rank() == 0 and not any(run.stored(out) is not None for run in runs):
         record("quick", out)

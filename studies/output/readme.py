@@ -180,11 +180,11 @@ def _what_it_saves() -> str:
     return (
         f"On the calm 80-layer network (MNIST, micro-batches of 16, a learning rate that decays to zero), "
         f"`RelativeStandardError(0.7)` with `LearningRate('sqrt')` takes {of('to the frontier')} of the updates that "
-        f"fixed batches, tuned at powers of two, need for the same loss from the same examples. Beside a constant "
-        f"batch of its own mean and coupling, which itself takes {arms['constant mean']:.2f} of the frontier's, it is "
-        f"{of('constant mean')}; beside its own batches replayed on another seed {of('replay')}: what helps is the "
-        f"course of the batch, which it finds untuned. Without the coupling rules take {alone.min():.2f} to "
-        f"{alone.max():.2f}."
+        f"fixed batches need for the same loss from the same examples, each with its own tuned rate and a warm-up "
+        f"where that is better. Beside a constant batch of its own mean and coupling it is {of('constant mean')}, "
+        f"beside its own batches replayed on another seed {of('replay')}, beside one that grows by the clock "
+        f"{of('ramp')}: what helps is that the batch grows, and the rule, which nobody tuned, finds how. Without the "
+        f"coupling rules take {alone.min():.2f} to {alone.max():.2f}."
     )
 
 

@@ -12,9 +12,9 @@ times larger.
 Those runs are at constant rates, and their adaptive arm did not act. *calm, decaying* is the same question as networks
 are trained: the setting of :mod:`studies.questions.live` (micro-batch 16, a rate that falls linearly to zero), where a
 loss belongs to a run that has ended. So each arm is trained with an eighth, a quarter, half and the whole of the
-budget, five seeds, at the rate that the live study found for the whole. ``E`` is where the line through the logarithms
-of its ``test_loss`` crosses the target: 1.02 times the loss at which the slowest fixed batch ends. Registered before
-its runs, after the live study's first results (the whole budget):
+budget, five seeds, at the rate, and with the warm-up, that the live study found for the whole. ``E`` is where the line
+through the logarithms of its ``test_loss`` crosses the target: 1.02 times the loss at which the slowest fixed batch
+ends. Registered before its runs, after the live study's first results (the whole budget):
 
 * F2: ``q`` of ``theta 0.7, root`` and of ``theta 1, root`` is below 1: inside the frontier, which theory rules out for
   a noise scale that does not change with the rate.
@@ -73,8 +73,9 @@ def plan(options: Options, found: Found) -> list[Run]:
 def decaying(options: Options, found: Found) -> Iterator[Run]:
     """The live study's arms with every budget, once it has found their rates; until then what finds them."""
     scale, setting = live.SCALES[options.preset], live.SETTINGS[0]
-    searches = {n: one for n, one in live.fixed_searches(setting, scale).items() if n in DECAYED}
-    waiting = [run for one in searches.values() for run in one.planned(found) if run not in found]
+    plain, warm = (live.fixed_searches(setting, scale, share) for share in (0.0, live.WARMUP))
+    searches = [one[n] for one in (plain, warm) for n in DECAYED if n in one]
+    waiting = [run for search in searches for run in search.planned(found) if run not in found]
     if waiting:
         yield from waiting
         return
@@ -82,11 +83,10 @@ def decaying(options: Options, found: Found) -> Iterator[Run]:
         for budget in BUDGETS:
             part = replace(scale, examples=round(budget * scale.examples))
             arms: list[tuple[Arm, int]] = []
-            for n, one in searches.items():
-                rate = one.best(found)
-                assert rate is not None
-                arms.append((live.fixed_arm(setting, part, n)(rate), n))
-            start = searches[live.START].first(found)
+            for n in DECAYED:
+                rate, warmup = live.tuned(plain[n], warm.get(n), found)
+                arms.append((live.fixed_arm(setting, part, n, warmup)(rate), n))
+            start = plain[live.START].first(found)
             assert start is not None
             methods = [method for method in live.METHODS if method.label in DECAYED_RULES]
             arms += [(method.arm(start, setting.schedule(part)), 0) for method in methods]

@@ -11,9 +11,10 @@ best rate its own knob: the length of the warmup and of the ramp, the clipping n
 
 Those rates are constant, and theta was varied where it made no difference. *calm, decaying* is the setting of
 :mod:`studies.questions.live` (micro-batch 16, a rate that falls linearly to zero), three values of theta with a rate
-that follows the root of the batch and two fixed batches, at seven rates over three decades, on five seeds. The
-coupling's reference needs no runs of its own: rate and reference enter as ``lr sqrt(n / reference)``, so that another
-reference is another rate. Losses are ``test_loss``, at most four times the smallest of all. Registered before its runs:
+that follows the root of the batch and two fixed batches with a warm-up, at seven rates over three decades, on five
+seeds. The coupling's reference needs no runs of its own: rate and reference enter as ``lr sqrt(n / reference)``, so
+that another reference is another rate. Losses are ``test_loss``, at most four times the smallest of all. Registered
+before its runs:
 
 * S3: the mean loss over the three decades of ``theta 0.7, root`` over that of the fixed batch that is best there, seed
   by seed, is below 1.
@@ -114,7 +115,8 @@ def decaying(options: Options) -> Iterator[Run]:
     for seed in range(options.seeds or min(scale.seeds, DECIDING_SEEDS)):
         for lr in RATES:
             arms = [(method.arm(lr, schedule), 0) for method in methods]
-            arms += [(live.fixed_arm(setting, scale, n)(lr), n) for n in DECAYED]
+            # A coupled rate begins at that of a small batch: it warms up, and so does theirs.
+            arms += [(live.fixed_arm(setting, scale, n, live.WARMUP)(lr), n) for n in DECAYED]
             for arm, n in arms:
                 run = live.labelled("decaying", setting, scale, arm, seed, n)
                 yield replace(run, labels=tuple((dict(run.labels) | {"network": DECAYING}).items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -277,7 +278,7 @@ class TestCommands:
     def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys):
         command = [sys.executable, "-m", "studies", "quick", "--examples", "1024", "--out", str(tmp_path)]
         first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        for name in ("fixed 64", "fixed 192", "fixed 512", "adaptive", "spikes", "limits", "results.parquet"):
+        for name in ("fixed 64", "fixed 192", "fixed 384", "adaptive", "spikes", "limits", "results.parquet"):
             assert name in first.stdout
         assert (tmp_path / "figure.png").stat().st_size > 20_000
         results = pd.read_parquet(tmp_path / "results.parquet")
@@ -285,10 +286,14 @@ class TestCommands:
         assert results["arm"].nunique() == 4
         app.cli(args=command[3:])
         assert capsys.readouterr().out.count("(stored)") == 4
+        # Committed results have the one table and not the runs' own.
+        shutil.rmtree(tmp_path / "runs")
+        app.cli(args=[*command[3:], "--fresh"])
+        assert "(stored)" not in capsys.readouterr().out
 
     def test_the_quick_arms_are_what_their_names_say(self):
         sizes = {arm.name: getattr(arm.rule, "accumulation_steps", 0) * size for arm, size in quick.arms()}
-        assert sizes == {"adaptive": 0, "fixed 64": 64, "fixed 192": 192, "fixed 512": 512}
+        assert sizes == {"adaptive": 0, "fixed 64": 64, "fixed 192": 192, "fixed 384": 384}
         assert all(isinstance(run.arm.rule, ab.rules.Rule) for run in quick.runs())
 
 
