@@ -3,10 +3,10 @@
 Four arms in the same loop, on one seed, with the same examples and a rate that decays linearly to zero: the setting of
 :mod:`studies.questions.live` on its calm network, where micro-batches of 16 leave the controller room. The adaptive arm
 is that study's primary one, ``theta 0.7`` with a rate that follows the root of the batch; its batch grows from 32 to
-some hundreds, with a mean of about 200. So the fixed arms are 64, which ends at a lower loss for three times the updates,
-192, near its mean, and 384, near where it ends. Their rates, and a warm-up of a twentieth of the examples, are those
-that the live study found best for each; the adaptive arm, whose own rate begins low and was not tuned, has that of the
-batch it starts from.
+some hundreds, with a mean of about 200. So the fixed arms are 64, which ends at a lower loss for three times the
+updates, 192, near its mean, and 384, near where it ends. Their rates, and a warm-up of a twentieth of the examples, are
+those that the live study found best for each; the adaptive arm, whose own rate begins low and was not tuned, has that
+of the batch it starts from.
 
 What this job cannot show, with one seed: how many updates that saves. It shows that the batch moves, and where that
 ends beside a tuned constant batch with as many updates; the live study has the ratio and its interval.
