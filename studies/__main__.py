@@ -61,9 +61,14 @@ def quick(
         micro_batch=quick_study.MICRO_BATCH,
         collapsed=quick_study.TASK.collapsed_loss(),
     )
-    quick_plan(results, out / "plan.png", *quick_study.PLANNED)
+    try:
+        quick_plan(results, out / "plan.png", *quick_study.PLANNED)
+        drawn = f"{out / 'figure.png'}, {out / 'plan.png'}"
+    except ValueError as error:
+        # A run cut short by --examples holds no evidence.
+        drawn = f"{out / 'figure.png'}; no plan: {error}"
     print(f"table   {out / 'results.parquet'}  ({len(results):,} optimizer steps, schema in studies/engine/schema.py)")
-    print(f"figures {out / 'figure.png'}, {out / 'plan.png'}")
+    print(f"figures {drawn}")
     print(f"took    {time.perf_counter() - started:.0f} s")
 
 

@@ -172,6 +172,7 @@ NO_PROMISES: dict[str, list[str]] = {
     "README.md": ["nothing here has run on a GPU yet", "| Why does", "| Only the measurement"],
     "batch.rst": ["Only measure", "whose error is as long"],
     "history.rst": ["the error is within θ", "watch on rank 0 only"],
+    "meter.rst": ["A script that knows nothing of it"],
     "limits.rst": ["In pilots", "Nothing here has run on a GPU yet"],
     "questions.rst": ["Why is it NaN?", "How do I only watch"],
     "rules.rst": ["Adam feels bursts"],

@@ -281,6 +281,7 @@ class TestCommands:
         for name in ("fixed 64", "fixed 192", "fixed 384", "adaptive", "spikes", "limits", "results.parquet"):
             assert name in first.stdout
         assert (tmp_path / "figure.png").stat().st_size > 20_000
+        assert "no plan: history must have at least 8 windows with a measurement of their own" in first.stdout
         results = pd.read_parquet(tmp_path / "results.parquet")
         assert list(results.columns) == list(schema.COLUMNS)
         assert results["arm"].nunique() == 4
