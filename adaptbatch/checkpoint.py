@@ -19,7 +19,7 @@ from adaptbatch.state import State
 if TYPE_CHECKING:
     from adaptbatch.controller import BatchController
 
-STATE_VERSION = 7
+STATE_VERSION = 8
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,19 @@ class Checkpoint:
                 expected = f"hold one for each of the {count} micro-batches, {name}['window']['micro_batches']"
                 refuse(f"{name}['sensor']['kept'][{part!r}]", expected, kept)
         if window is not None:
-            _require_sums(name, window, sensor)
+            _require_sums(name, window, sensor, saved["loop"]["progress"]["listens"])
 
 
-def _require_sums(name: str, window: Mapping[str, Any], sensor: Mapping[str, Any]) -> None:
+def _require_sums(name: str, window: Mapping[str, Any], sensor: Mapping[str, Any], listens: bool) -> None:
     """Of a due window the sums hold what was measured of its mean."""
     sums, due = sensor["sums"], window["due"]
     if ("batch" in sums) != due:
         expected = f"hold 'batch' where {name}['window']['due'] is True, and only there"
         refuse(f"{name}['sensor']['sums']", expected, sorted(sums))
-    needed = {"weighted", "loss_sum"} | ({"metric_batch"} if due and "metric_weighted" in sums else set())
+    if ("weighted" in sums) != listens:
+        expected = f"hold 'weighted' where {name}['loop']['progress']['listens'] is True, and only there"
+        refuse(f"{name}['sensor']['sums']", expected, sorted(sums))
+    needed = {"loss_sum"} | ({"metric_batch"} if due and "metric_weighted" in sums else set())
     require_keys(f"{name}['sensor']['sums']", sums, needed | sums.keys())
     if sensor["cells"] < window["micro_batches"]:
         expected = f"be at least {name}['window']['micro_batches'] = {window['micro_batches']!r}"

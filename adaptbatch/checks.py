@@ -85,6 +85,8 @@ def checked_population(population: float | None) -> float:
 
 def checked_weight(weight: float) -> float:
     """A micro-batch's weight as a float; refuse what weighs nothing, or would have to be read from a device."""
+    if type(weight) is int and weight > 0:
+        return float(weight)
     if isinstance(weight, Tensor):
         raise ValueError(
             "weight must be a Python number, got a tensor: reading it would stall the device; pass len(x)."

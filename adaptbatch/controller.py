@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from adaptbatch import checkpoint, estimate
 from adaptbatch.accumulate.ranks import Ranks, Sync, require_agreement, require_one_mean
 from adaptbatch.checks import checked_population, require_kind, require_pair, require_shared_parameter, require_unit
+from adaptbatch.estimate.listening import Listen
 from adaptbatch.loop import WindowLoop
 from adaptbatch.measure.result import PendingResult
 from adaptbatch.measure.sensor import Metric
@@ -25,6 +26,7 @@ from adaptbatch.records import Decision, NoiseEstimate, Progress, WindowCounts
 from adaptbatch.reporting.explain import explain
 from adaptbatch.reporting.history import History, decision_row
 from adaptbatch.rules import Guard, Limits, RelativeStandardError, Rule, decide
+from adaptbatch.rules.base import resolve_listen
 from adaptbatch.state import State
 
 if TYPE_CHECKING:
@@ -73,6 +75,10 @@ class BatchController(WindowLoop):
             the step is taken as in a plain loop, and on a GPU the numbers reach the host, hence the decision, one
             window late.
         unit: What weights count, for whoever reads: ``"tokens"``. Columns keep their names.
+        listen: How many windows are measured: a share of them, or ``"auto"``, all while the noise scale is not known
+            well and after every change of ``k``, else one in two to four; all of them where ``rule`` does not decide on
+            pooled moments, or with a ``guard`` or ``phase``. Of the others only ``|g|^2`` is known, and their rows hold
+            NaN. See :func:`~adaptbatch.estimate.listens`.
 
     Raises:
         ValueError: If nothing is trainable, ``population`` is below 1, ``limits`` do not fit the rule, a layer has no
@@ -111,6 +117,7 @@ class BatchController(WindowLoop):
         sync: Sync = "last",
         skip_nonfinite: bool = True,
         unit: str = "examples",
+        listen: Listen = "auto",
     ) -> None:
         require_unit(unit, ghost)
         require_pair(model, optimizer)
@@ -123,6 +130,7 @@ class BatchController(WindowLoop):
         size = checked_population(population)
         self.rule: Rule = RelativeStandardError() if rule is None else rule
         self.guard = guard
+        self._listen = resolve_listen(listen, self.rule, "guard" if guard is not None else "phase" if phase else "")
         self._ranks = ranks = Ranks(model, process_group, sync)
         self._by_example = ghost
         if limits is None:
@@ -161,7 +169,7 @@ class BatchController(WindowLoop):
         )
         state = State(progress)
         self._decision = decide(self.rule, state.evidence(), progress, self.limits)
-        self._state = state.sized(self._decision.accumulation_steps)
+        self._state = state.sized(self._decision.accumulation_steps, state.evidence(), self._listen)
 
     def __repr__(self) -> str:
         micro_batches = f"{self._window.micro_batches} of {self.accumulation_steps} micro-batches"
@@ -222,6 +230,10 @@ class BatchController(WindowLoop):
     @property
     def _turn(self) -> int:
         return self._state.progress.window
+
+    @property
+    def _listens(self) -> bool:
+        return self._state.progress.listens
 
     @property
     def _measures_shards(self) -> bool:
@@ -315,7 +327,9 @@ class BatchController(WindowLoop):
         self._optimizer_step += not skipped
         counts = WindowCounts(window.weight, window.all_micro_batches, window.largest, window.ended, *seconds)
         results = [one.result for one in arrived]
-        self._state, evidence, self._decision = self._state.advance(counts, results, self.rule, self.limits, self.guard)
+        self._state, evidence, self._decision = self._state.advance(
+            counts, results, self.rule, self.limits, self.guard, self._listen
+        )
         row = decision_row(self._state, evidence, self._decision, window.weight)
         row |= self._account(applied, skipped) | {"accumulation_steps": window.micro_batches}
         self.history.append(row)
@@ -400,7 +414,7 @@ class BatchController(WindowLoop):
         noise, which one the signal. Reads the host for every parameter.
 
         Raises:
-            RuntimeError: If no step is due, examples are not measured, or the window has several micro-batches.
+            RuntimeError: If no step is due, examples or this window are not measured, or it has several micro-batches.
         """
         self._require_due("layer_noise()")
         parts = self._sensor.layer_measurements(self._window)

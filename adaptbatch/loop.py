@@ -105,6 +105,11 @@ class WindowLoop(ABC):
 
     @property
     @abstractmethod
+    def _listens(self) -> bool:
+        """Whether the window that opens now is measured, and not only its mean."""
+
+    @property
+    @abstractmethod
     def _measures_shards(self) -> bool:
         """Whether this window says how much the ranks' data differ, which costs one more norm."""
 
@@ -195,8 +200,13 @@ class WindowLoop(ABC):
                 died. After an error within the backward pass the window's gradients are incomplete:
                 :meth:`discard_window`.
         """
-        with self._observing(loss, weight, unscales=True) as weighted:
-            self._stepper.scaled(weighted, self._window.scale).backward()  # type: ignore[no-untyped-call]
+        weight = self._begin(loss, weight, unscales=True)
+        try:
+            scaled = self._stepper.scaled(self._share_of(loss, weight), self._window.scale)
+            scaled.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._sensor.end_pass()
+        self._end(loss, weight)
 
     @contextmanager
     def observe(self, loss: Tensor, weight: float) -> Iterator[Tensor]:
@@ -209,7 +219,9 @@ class WindowLoop(ABC):
         if self._window.micro_batches:
             self._stepper.require_scale()
         arrived: list[Tensor] = []
-        with self._observing(loss, weight, unscales=False) as weighted:
+        weight = self._begin(loss, weight, unscales=False)
+        try:
+            weighted = self._share_of(loss, weight)
             handle = weighted.register_hook(arrived.append)  # type: ignore[no-untyped-call]
             yield weighted
             handle.remove()
@@ -220,9 +232,12 @@ class WindowLoop(ABC):
                     "no backward pass through it: call backward() on what it yields, not on the loss that it was "
                     "given. discard_window() goes on without this window."
                 )
+        finally:
+            self._sensor.end_pass()
+        self._end(loss, weight)
 
-    @contextmanager
-    def _observing(self, loss: Tensor, weight: float, unscales: bool) -> Iterator[Tensor]:
+    def _begin(self, loss: Tensor, weight: float, unscales: bool) -> float:
+        """Before a backward pass; returns the weight as a Python number."""
         self._require_open()
         weight = checked_weight(weight)
         require_scalar_loss(loss)
@@ -247,11 +262,18 @@ class WindowLoop(ABC):
         # longer this rank's own.
         local = several and self._stream.used is not None and (window.micro_batches == 0 or not window.synced)
         window.synced = self._ranks.synchronises(closes)
-        synchronises, scale = several and window.synced, weight / window.reference
         window.broken = True
-        with self._sensor.listening(local and closes and self._measures_shards, synchronises):
-            yield loss if scale == 1.0 else loss * scale
-        self._take(loss, weight, synchronises)
+        self._sensor.begin(local and closes and self._measures_shards, several and window.synced)
+        return weight
+
+    def _share_of(self, loss: Tensor, weight: float) -> Tensor:
+        share = weight / self._window.reference
+        return loss if share == 1.0 else loss * share
+
+    def _end(self, loss: Tensor, weight: float) -> None:
+        """After the backward pass."""
+        window = self._window
+        self._take(loss, weight, self._ranks.several and window.synced)
         self._guard_window()
         self._backward_passes += 1
         if self._stream.used is not None:
@@ -264,7 +286,7 @@ class WindowLoop(ABC):
         self._attach()
         self._accumulator.require_clear()
         reference = self._expected_weight(weight) * self.accumulation_steps
-        self._sensor.open(self._stepper.applied, self._optimizer_step)
+        self._sensor.open(self._stepper.applied, self._optimizer_step, self._listens)
         self._accumulator.open(reference, self._turn, self._stepper.loss_scale(loss.device), unscales)
 
     def _attach(self) -> None:
@@ -320,7 +342,7 @@ class WindowLoop(ABC):
         found = self._accumulator.suspicion.take()
         if not self._accumulator.suspicion.reads_now:
             sums = self._sensor.sums
-            sums.add("suspect", sums["weighted"].new_zeros(()) if found is None else found)
+            sums.add("suspect", sums["batch"].new_zeros(()) if found is None else found)
 
     def expect_trainer(self) -> None:
         """A trainer steps the optimizer itself, told by :meth:`record_step`: its steps are not refused within a window.

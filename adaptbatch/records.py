@@ -47,7 +47,7 @@ class Measurement:
     A cell is a micro-batch, or with ghost norms an example of weight 1.
 
     Attributes:
-        weighted_sq_norms: ``Q = sum_c w_c |g_c|^2`` [g^2 example].
+        weighted_sq_norms: ``Q = sum_c w_c |g_c|^2`` [g^2 example]; NaN: nobody listened, only ``|g|^2`` was measured.
         batch_sq_norm: ``|g|^2`` of the weighted mean gradient ``g = sum_c w_c g_c / n`` [g^2].
         global_batch: ``n = sum_c w_c`` [examples, or tokens].
         cells: ``K``.
@@ -71,9 +71,14 @@ class Measurement:
         return self.weighted_sq_norms / self.global_batch
 
     @property
+    def listened(self) -> bool:
+        """Whether its cells were measured; where gradients are NaN, so is ``|g|^2``."""
+        return not (math.isnan(self.weighted_sq_norms) and math.isfinite(self.batch_sq_norm))
+
+    @property
     def finite(self) -> bool:
-        """Whether both squared norms are finite; a window where they are not is evidence of nothing."""
-        return math.isfinite(self.weighted_sq_norms) and math.isfinite(self.batch_sq_norm)
+        """Whether what was measured of squared norms is finite; where it is not, the window is evidence of nothing."""
+        return math.isfinite(self.batch_sq_norm) and not math.isinf(self.weighted_sq_norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +222,7 @@ class Progress:
         population: Examples in the data set, or infinity.
         finite: Whether the last window's gradients were finite.
         by_example: Whether single examples are measured (ghost norms): one micro-batch then holds evidence.
+        listens: Whether the window to come is measured, and not only its mean.
     """
 
     window: Count = 0
@@ -228,6 +234,7 @@ class Progress:
     population: Population = math.inf
     finite: Flag = True
     by_example: Flag = False
+    listens: Flag = True
 
     @property
     def step_examples(self) -> float:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from adaptbatch import estimate
 from adaptbatch.estimate.climb import Climb
+from adaptbatch.estimate.listening import Listen, listens
 from adaptbatch.estimate.typical import TypicalTracker
 from adaptbatch.records import (
     Decision,
@@ -106,6 +107,7 @@ class State:
         rule: Rule,
         limits: Limits,
         guard: Guard | None = None,
+        listen: Listen = 1.0,
     ) -> tuple[State, Evidence, Decision]:
         """The state one window later, the evidence, and the decision that was made on it.
 
@@ -114,6 +116,7 @@ class State:
             results: What has reached the host since the last call, oldest first: that window's own, or of one before.
                 Those that are not finite are evidence of nothing, but for a guard.
             rule, limits, guard: How the next window's size is decided.
+            listen: How many windows are measured, see :func:`.listens`.
         """
         state = self.counted(counts, all(result.measurement.finite for result in results))
         memory = state.memory(rule)
@@ -124,7 +127,7 @@ class State:
                 state = state.spoiled(result.measurement.global_batch, memory)
         evidence = state.evidence()
         decision = decide(rule, evidence, state.progress, limits, guard)
-        return state.sized(decision.accumulation_steps), evidence, decision
+        return state.sized(decision.accumulation_steps, evidence, listen), evidence, decision
 
     def counted(self, counts: WindowCounts, finite: bool = True) -> State:
         """The state after a window, before its measurements are pooled.
@@ -177,28 +180,38 @@ class State:
 
     def measured(self, result: WindowResult, memory: float) -> State:
         """The state with one finite window's measurements pooled."""
-        population, euclidean = self.progress.population, result.measurement
-        n, pair = euclidean.global_batch, estimate.estimate_window(euclidean, population)
+        at, euclidean = self.progress, result.measurement
+        n, phi = euclidean.global_batch, estimate.inverse_size(euclidean.global_batch, at.population)
+        window, typical, climb = self.comparable(result), self.typical, self.climb
+        if self.metric.weight == 0.0 and (first := result.in_metric) is not None and first.finite and first.listened:
+            # Another unit: what was known in the old one does not carry over.
+            window, typical, climb = first, TypicalTracker(), Climb()
+        unusual = typical if window is not None and typical.stands_out(window, phi) else None
+        pair = estimate.estimate_window(euclidean, at.population)
+        pooled, metric = _pool(self.pooled, pair, euclidean, phi, memory, unusual), self.metric
+        if window is not None and window is result.in_metric:
+            pair = estimate.estimate_window(window, at.population)
+            metric = _pool(metric, pair, window, phi, memory, unusual)
+        if window is not None:
+            steps = window.cells if result.steps is None else result.steps
+            typical = typical.update(pair, window, memory, phi)
+            climb = climb.update(pair, steps, n) if steps else climb
         decay = 2.0 ** (-n / memory)
         # A loss that is not a number, as of labels that are all ignored, would stay in the sum for ever.
         weight = n if math.isfinite(result.loss) else 0.0
-        state = replace(
+        return replace(
             self,
-            pooled=self.pooled.update(pair, n, memory),
-            shards=self.shards.update(euclidean, self.progress.world_size),
+            pooled=pooled,
+            metric=metric,
+            typical=typical,
+            climb=climb,
             products=self._products(euclidean, memory),
+            shards=self.shards.update(euclidean, at.world_size),
+            window=(window if window.listened else None) if window is not None else self.window,
             loss_sum=decay * self.loss_sum + (n * result.loss if weight else 0.0),
             loss_weight=decay * self.loss_weight + weight,
             lr=result.lr,
         )
-        in_metric = result.in_metric
-        if in_metric is None or not in_metric.finite:
-            return state if self.comparable(result) is None else state._weighed(result, euclidean, pair, memory)
-        if self.metric.weight == 0.0:
-            # Another unit: what was known in the old one does not carry over.
-            state = replace(state, typical=TypicalTracker(), climb=Climb())
-        pair = estimate.estimate_window(in_metric, population)
-        return replace(state, metric=state.metric.update(pair, n, memory))._weighed(result, in_metric, pair, memory)
 
     def comparable(self, result: WindowResult) -> Measurement | None:
         """The window in the unit of what is known so far: Euclidean, until there are moments in the metric.
@@ -219,16 +232,6 @@ class State:
     def spoiled(self, batch: float, memory: float) -> State:
         """The state after a window of ``batch`` examples without a finite gradient, where a guard counts it."""
         return replace(self, typical=self.typical.exceeded(batch, memory))
-
-    def _weighed(self, result: WindowResult, window: Measurement, pair: NoiseEstimate, memory: float) -> State:
-        """The channels of the decision, one window later."""
-        steps = window.cells if result.steps is None else result.steps
-        return replace(
-            self,
-            typical=self.typical.update(pair, window, memory),
-            climb=self.climb.update(pair, steps, window.global_batch) if steps else self.climb,
-            window=window,
-        )
 
     def _products(self, window: Measurement, memory: float) -> estimate.NoiseTracker:
         """Inner products one window later, each in units of its own window: the sign is what counts."""
@@ -271,12 +274,13 @@ class State:
         reason: Reason = "at_max" if wanted > steps else "at_min"
         return self.sized(steps), replace(decision, accumulation_steps=steps, reason=reason)
 
-    def sized(self, steps: int) -> State:
-        """The state whose next window has ``steps`` micro-batches."""
+    def sized(self, steps: int, evidence: Evidence | None = None, listen: Listen = 1.0) -> State:
+        """The state whose next window has ``steps`` micro-batches, and is measured where the evidence asks for it."""
         at = self.progress
         # The first size is no change of one.
         changed = steps != at.accumulation_steps and at.window > 0
-        progress = replace(at, accumulation_steps=steps)
+        measured = changed or evidence is None or listens(listen, evidence.typical, at)
+        progress = replace(at, accumulation_steps=steps, listens=measured)
         return replace(self, progress=progress, changed_at=at.examples_seen if changed else self.changed_at)
 
     @staticmethod
@@ -289,3 +293,19 @@ class State:
         for index, value in enumerate(window[:2]):
             if not math.isfinite(value):
                 refuse(f"{name}['window'][{index}]", "be a finite number", value)
+
+
+def _pool(
+    tracker: estimate.NoiseTracker,
+    pair: NoiseEstimate,
+    window: Measurement,
+    phi: float,
+    memory: float,
+    unusual: TypicalTracker | None,
+) -> estimate.NoiseTracker:
+    """One window later: of its own pair, or of its length where nobody listened; ``unusual`` knows what it is not."""
+    n = window.global_batch
+    if window.listened:
+        return tracker.update(pair, n, memory, unusual is not None)
+    trace = None if unusual is None else unusual.usual_trace(window, phi)
+    return tracker.update_length(window.batch_sq_norm, window.cells - 1.0, phi, n, memory, trace)

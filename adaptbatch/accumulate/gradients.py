@@ -43,8 +43,8 @@ def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
     """``sum |x_i|^2`` of all entries, in float64 where the device has it: float32 overflows above 1e19."""
     first = norms[0].device
     wide = torch.float32 if first.type == "mps" else torch.float64
-    sums = [norm.to(wide).square().sum().to(first) for norm in norms]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    sums = [torch.linalg.vector_norm(norm, dtype=wide).square() for norm in norms]
+    return sums[0] if len(sums) == 1 else torch.stack([each.to(first) for each in sums]).sum()
 
 
 def gradient_sq_norm(

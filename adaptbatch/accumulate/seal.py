@@ -45,7 +45,7 @@ class GradientSeal:
         self._watched: Sequence[Parameter] = ()
         self._stamps: list[tuple[int, int] | None] = []
         self._part: Sequence[Parameter] = ()
-        self._norms: list[Tensor] = []
+        self._norms: _Norms = []
 
     def close(self, parameters: Sequence[Parameter], turn: int) -> None:
         """Take note of ``.grad`` as it is.
@@ -62,7 +62,7 @@ class GradientSeal:
         self._watched = parameters if seldom else part
         self._stamps = gradient_stamps(self._watched)
         self._part = part if seldom else ()
-        self._norms = gradient_norms(self._part)
+        self._norms = _norms(self._part)
 
     def stamped(self, parameters: Sequence[Parameter]) -> bool:
         """Whether the same tensors are in ``.grad``, and no operation of torch wrote to them; reads no value.
@@ -72,17 +72,26 @@ class GradientSeal:
         added = [] if len(parameters) == len(self._known) else set(parameters).difference(self._known)
         return gradient_stamps(self._watched) == self._stamps and all(p.grad is None for p in added)
 
-    def rewritten(self) -> Tensor:
-        """Whether something else wrote to the part that is looked at: a scalar on the device, not read."""
-        then, now = self._norms, gradient_norms(self._part)
-        if [norms.shape for norms in then] != [norms.shape for norms in now]:
-            return torch.tensor(True)
-        found = [_differ(a, b) for a, b in zip(then, now, strict=True)] or [_NO]
-        return found[0] if len(found) == 1 else torch.stack([one.to(found[0].device) for one in found]).any()
+    def rewritten(self) -> bool | Tensor:
+        """Whether something else wrote to the part that is looked at: on a GPU a scalar that is not read."""
+        return _differ(self._norms, _norms(self._part))
 
 
-def _differ(then: Tensor, now: Tensor) -> Tensor:
-    return ((then != now) & ~(then.isnan() & now.isnan())).any()
+def _norms(parameters: Sequence[Parameter]) -> _Norms:
+    """As numbers where that costs no wait."""
+    return [one.tolist() if one.device.type == "cpu" else one for one in gradient_norms(parameters)]
+
+
+def _differ(then: _Norms, now: _Norms) -> bool | Tensor:
+    if [len(norms) for norms in then] != [len(norms) for norms in now]:
+        return True
+    differ: bool | Tensor = False
+    for a, b in zip(then, now, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            differ = ((a != b) & ~(a.isnan() & b.isnan())).any() | differ
+        elif any(x != y and not (x != x and y != y) for x, y in zip(a, b, strict=True)):
+            return True
+    return differ
 
 
 def checks_all(turn: int) -> bool:
@@ -102,4 +111,5 @@ def rounding(parameters: Sequence[Parameter], micro_batches: int) -> float:
     return 1e-4 + 4.0 * (micro_batches + 1) * eps
 
 
-_NO = torch.tensor(False)
+# Of each device and type.
+_Norms = list[list[float] | Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -37,7 +37,7 @@ class Stream:
         self.unused = 0
         self._ended = False
         self._iteration: object | None = None
-        self._open = ExitStack()
+        self._open: _Scope | None = None
         self._loader: Any = None
         self._snapshot: Any = None
 
@@ -58,10 +58,13 @@ class Stream:
                 if self._ranks.several or not self._fills():
                     self._snapshot = _state_of(loader) if source.needs_look else None
                     self.last = self._is_last(source, length)
-                with self._scope():
+                scope = self._enter()
+                try:
                     yield item
                     self._require_newest(mine)
                     had_backward = bool(self.used)
+                finally:
+                    scope.close()
                 any_backward |= had_backward
                 if self._ended or (self.last and self._ranks.lockstep):
                     self._report(source)
@@ -76,7 +79,8 @@ class Stream:
     def _begin(self, loader: Iterable[Any]) -> object:
         """A new iteration takes the place of one that was left within an item, by a break or an error."""
         if self._iteration is not None:
-            self._open.close()
+            if self._open is not None:
+                self._open.close()
             if pending := self._pending():
                 warnings.warn(
                     f"the iteration before was left within a window, which goes on with the {pending} micro-batches "
@@ -98,27 +102,26 @@ class Stream:
         """The scope of one micro-batch in a hand-written loop."""
         self.last = last
         try:
-            with self._scope():
+            opened = self._enter()
+            try:
                 yield
+            finally:
+                opened.close()
         finally:
             self.last = False
 
-    @contextmanager
-    def _scope(self) -> Iterator[None]:
+    def _enter(self) -> _Scope:
         if self.used is not None:
             raise RuntimeError(
                 "micro_batch() scopes must not be nested; micro_batches(loader) opens one for each item, and one such "
                 "iteration ends before the next begins."
             )
         self.used, self.closes = False, self.last or self._fills()
-        # Closed by a newer iteration too, where an error's traceback holds this one.
-        self._open = scope = ExitStack()
-        scope.callback(self._leave)
-        scope.enter_context(self._ranks.micro_batch(self.closes))
-        with scope:
-            yield
+        self._open = _Scope(self, self._ranks.micro_batch(self.closes) if self._ranks.several else None)
+        return self._open
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """No item is at hand."""
         self.used, self.closes = None, True
 
     def forget(self) -> None:
@@ -192,6 +195,22 @@ class Stream:
             f"give every rank as many (DistributedSampler does).",
             stacklevel=3,
         )
+
+
+class _Scope:
+    """The scope of one item; closed by a newer iteration too, where an error's traceback holds its own."""
+
+    def __init__(self, stream: Stream, synchronising: AbstractContextManager[None] | None) -> None:
+        if synchronising is not None:
+            synchronising.__enter__()
+        self._stream, self._synchronising, self._is_open = stream, synchronising, True
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._stream.leave()
+            if self._synchronising is not None:
+                self._synchronising.__exit__(None, None, None)
 
 
 class _Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,6 @@ class Suspicion:
         found: Above zero where a check that could not be read did; None: there was none.
 
     Example:
-        >>> import torch
         >>> suspicion = Suspicion(reads_now=False)
         >>> suspicion.refuse_if(torch.tensor(1.0) > 2.0, "wrong")
         >>> suspicion.take()
@@ -26,7 +26,7 @@ class Suspicion:
         self.reads_now = reads_now
         self.found: Tensor | None = None
 
-    def refuse_if(self, wrong: Tensor, message: str) -> None:
+    def refuse_if(self, wrong: bool | Tensor, message: str) -> None:
         """Refuse at once where the host knows; on a GPU at the window's end, whose numbers it reads anyhow.
 
         Raises:
@@ -36,7 +36,7 @@ class Suspicion:
             if wrong:
                 raise RuntimeError(message)
             return
-        self.found = wrong.double() if self.found is None else self.found + wrong
+        self.found = torch.as_tensor(wrong).double() if self.found is None else self.found + wrong
 
     def take(self) -> Tensor | None:
         """What was found since the last time."""

@@ -10,12 +10,14 @@ moments    one window: ``tr(Sigma)`` and ``|G|^2`` by analysis of variance; stan
 tracker    ``NoiseTracker``: windows pooled with a decay in examples, and the variances of what is pooled
 interval   Fieller's confidence interval for the noise scale
 typical    ``TypicalTracker``: what an ordinary window says, and how far the others stand out
+listening  which windows are measured, as few as it takes to know the noise scale
 climb      how the noise answered when the batch grew: a noise floor, or a noise scale that rises by itself
 shards     whether the ranks draw from one population
 =========  ============================================================================================================
 """
 
 from adaptbatch.estimate.interval import noise_scale_interval
+from adaptbatch.estimate.listening import Listen, listens
 from adaptbatch.estimate.moments import (
     batch_with_error,
     estimate_window,
@@ -31,6 +33,7 @@ from adaptbatch.estimate.tracker import NoiseTracker, memory_examples
 from adaptbatch.estimate.typical import TypicalTracker
 
 __all__ = [
+    "Listen",
     "NoiseTracker",
     "ShardTracker",
     "TypicalTracker",
@@ -38,6 +41,7 @@ __all__ = [
     "estimate_window",
     "excess_error",
     "inverse_size",
+    "listens",
     "memory_examples",
     "noise_scale",
     "noise_scale_interval",

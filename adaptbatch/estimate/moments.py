@@ -40,7 +40,7 @@ def estimate_window(window: Measurement, population: float = math.inf) -> NoiseE
         population: Examples the batch is drawn from without replacement; infinite for a stream.
 
     Returns:
-        The pair, with ``K - 1`` degrees of freedom; NaN for both where ``K = 1``, which holds no evidence.
+        The pair, with ``K - 1`` degrees of freedom; NaN for both, with none, where ``K = 1`` or nobody listened.
 
     Source:
         One-way analysis of variance with weights; for equal cells the estimator of Johnson et al. 2020
@@ -55,7 +55,7 @@ def estimate_window(window: Measurement, population: float = math.inf) -> NoiseE
         (4.0, 3.0, 1.0)
     """
     degrees = window.cells - 1
-    if degrees == 0:
+    if degrees == 0 or not window.listened:
         return NoiseEstimate(grad_sq_norm=math.nan, noise_trace=math.nan)
     n = window.global_batch
     trace = (window.weighted_sq_norms - n * window.batch_sq_norm) / degrees

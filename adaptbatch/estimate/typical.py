@@ -66,15 +66,21 @@ class TypicalTracker:
         """Median of the last windows' ``Q / n`` [g^2]; NaN while there are fewer than eight."""
         return statistics.median(self.recent) if len(self.recent) >= LEVEL_LEAST else math.nan
 
-    def update(self, pair: NoiseEstimate, window: Measurement, memory: float) -> TypicalTracker:
+    def update(
+        self, pair: NoiseEstimate, window: Measurement, memory: float, phi: float | None = None
+    ) -> TypicalTracker:
         """The tracker one finite window later.
 
         Args:
             pair: The window's own estimate; without a degree of freedom it enters the level only.
-            window: Its squared norms.
+            window: Its squared norms; one that nobody listened to is as noisy as usual for its length.
             memory: Half-life [examples].
+            phi: ``phi(n)`` of the window; None: ``1 / n``.
         """
-        own = window.mean_sq_norm
+        phi = 1.0 / window.global_batch if phi is None else phi
+        own = self._own(window, phi)
+        if math.isnan(own):
+            return self
         level = self.level
         excess = own / level if level > 0.0 else math.nan
         aged = replace(
@@ -85,7 +91,7 @@ class TypicalTracker:
         )
         if excess > EXCEEDANCE:
             aged = aged._exceeded(window.global_batch, memory)
-        return aged._pooled(pair, own, level, window.global_batch, memory)
+        return aged._pooled(pair, window, own, level, phi, memory)
 
     def exceeded(self, batch: float, memory: float) -> TypicalTracker:
         """The tracker after a window of ``batch`` examples that had no finite gradient: an exceedance of its own."""
@@ -106,18 +112,44 @@ class TypicalTracker:
         over = not self.episode_examples < HOLD_MEMORIES * memory
         return replace(self, episode_batch=batch if over else self.episode_batch, episode_examples=0.0)
 
-    def _pooled(self, pair: NoiseEstimate, own: float, level: float, batch: float, memory: float) -> TypicalTracker:
+    def stands_out(self, window: Measurement, phi: float) -> bool:
+        """Whether the typical channel would cut the window."""
+        own, level = self._own(window, phi), self.level
+        return level > 0.0 and own > BOUND * level
+
+    def usual_trace(self, window: Measurement, phi: float) -> float:
+        """``tr(Sigma)`` of a window of which ``|g|^2`` is known, in the usual proportion of the two; NaN: not known."""
+        signal, trace = max(self.pooled.signal_mean, 0.0), max(self.pooled.trace_mean, 0.0)
+        length = signal + phi * trace
+        return window.batch_sq_norm * trace / length if length > 0.0 else math.nan
+
+    def _own(self, window: Measurement, phi: float) -> float:
+        """``Q / n = |g|^2 + (K - 1) tr(Sigma) / n``, its noise as usual where nobody listened."""
+        if window.listened:
+            return window.mean_sq_norm
+        return window.batch_sq_norm + (window.cells - 1.0) * self.usual_trace(window, phi) / window.global_batch
+
+    def _pooled(
+        self, pair: NoiseEstimate, window: Measurement, own: float, level: float, phi: float, memory: float
+    ) -> TypicalTracker:
+        batch = window.global_batch
         decay = 2.0 ** (-batch / memory)
         # The first windows are their own level: bounded to what one window may weigh, whatever its scale.
         unit = max(level, own / BOUND) if level > 0.0 else own
         if not unit > 0.0:
             return self
-        scaled = replace(pair, noise_trace=pair.noise_trace / unit, grad_sq_norm=pair.grad_sq_norm / unit)
-        sums = pair.degrees_of_freedom * max(pair.noise_trace, 0.0) if pair.degrees_of_freedom else 0.0
         cut = 1.0 - level / unit if level > 0.0 else 0.0
+        if window.listened:
+            scaled = replace(pair, noise_trace=pair.noise_trace / unit, grad_sq_norm=pair.grad_sq_norm / unit)
+            sums = pair.degrees_of_freedom * max(pair.noise_trace, 0.0) if pair.degrees_of_freedom else 0.0
+            pooled = self.pooled.update(scaled, batch, memory, cut > 0.0)
+        else:
+            degrees, trace = window.cells - 1.0, self.usual_trace(window, phi)
+            sums, imputed = degrees * trace, trace / unit if cut > 0.0 else None
+            pooled = self.pooled.update_length(window.batch_sq_norm / unit, degrees, phi, batch, memory, imputed)
         return replace(
             self,
-            pooled=self.pooled.update(scaled, batch, memory),
+            pooled=pooled,
             trace_sum=decay * self.trace_sum + sums,
             cut_sum=decay * self.cut_sum + cut * sums,
         )

@@ -16,6 +16,7 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 
 from adaptbatch.controller import BatchController
+from adaptbatch.estimate import Listen
 from adaptbatch.integrations.shared import examples_of, refuse
 from adaptbatch.measure.sensor import Metric
 from adaptbatch.rules import Limits, Rule
@@ -39,7 +40,7 @@ class AdaptiveAccumulation(L.Callback):
     for the same reason Lightning may warn that a checkpoint of an epoch's end was one of its middle.
 
     Args:
-        rule, limits, metric, population, ghost, phase, process_group: Those of
+        rule, limits, metric, population, ghost, phase, listen, process_group: Those of
             :class:`~adaptbatch.controller.BatchController`.
         weight: Examples (or tokens) that a batch's mean loss is over, as a Python number; None: the first dimension of
             the first tensor in the batch.
@@ -81,6 +82,7 @@ class AdaptiveAccumulation(L.Callback):
         weight: Callable[[Any], float] | None = None,
         skip_nonfinite: bool = True,
         unit: str = "examples",
+        listen: Listen = "auto",
     ) -> None:
         self._skips_nonfinite, self._withheld = skip_nonfinite, False
         self.controller: BatchController | None = None
@@ -92,6 +94,7 @@ class AdaptiveAccumulation(L.Callback):
             "ghost": ghost,
             "phase": phase,
             "unit": unit,
+            "listen": listen,
             "process_group": process_group,
         }
         self._weigh = examples_of if weight is None else weight

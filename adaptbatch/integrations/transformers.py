@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from adaptbatch.controller import BatchController
+from adaptbatch.estimate import Listen
 from adaptbatch.integrations.shared import examples_of, refuse
 from adaptbatch.measure.sensor import Metric
 from adaptbatch.rules import Limits, Rule
@@ -46,7 +47,8 @@ class AdaptiveAccumulationMixin(Trainer):
     Args:
         args, kwargs: The Trainer's own. ``compute_loss`` and ``compute_loss_func`` are called with
             ``num_items_in_batch=None`` and return the mean over their micro-batch.
-        rule, limits, metric, population, ghost, phase: Those of :class:`~adaptbatch.controller.BatchController`.
+        rule, limits, metric, population, ghost, phase, listen: Those of
+            :class:`~adaptbatch.controller.BatchController`.
         weight: Target tokens (or examples) that a micro-batch's mean loss is over, of its inputs; None: labels that are
             not -100, shifted if the model's loss shifts them, and where labels are no integers, examples. In one
             process a micro-batch of weight zero is left out.
@@ -87,6 +89,7 @@ class AdaptiveAccumulationMixin(Trainer):
         weight: Callable[[Mapping[str, Any]], float] | None = None,
         skip_nonfinite: bool = True,
         unit: str = "examples",
+        listen: Listen = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -100,6 +103,7 @@ class AdaptiveAccumulationMixin(Trainer):
             "ghost": ghost,
             "phase": phase,
             "unit": unit,
+            "listen": listen,
         }
         self._weigh = self._target_items if weight is None else weight
         self._skips_nonfinite, self._withheld = skip_nonfinite, False

@@ -48,7 +48,8 @@ class NormBuffer:
             # micro-batch only.
             if any(values._version != version for values, version in self._held):
                 raise RuntimeError(MISMATCH)
-            gradient_norm(torch.cat([values for values, _ in self._held]), self._slots[-1])
+            one = len(self._held) == 1
+            gradient_norm(self._held[0][0] if one else torch.cat([values for values, _ in self._held]), self._slots[-1])
             self._held.clear()
         return self._values
 

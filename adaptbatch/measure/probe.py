@@ -178,18 +178,19 @@ class GradientProbe:
             if self.on_gradient is not None:
                 self.on_gradient()
             # torch.autograd.grad() fires tensor hooks too: listen during the controller's own backward only.
-            self.elsewhere |= not self._open
-            if self._open:
-                heard(index)
-                # With create_graph=True it would record what is measured.
-                grad = grad.detach() if grad.requires_grad else grad
-                note(grad)
-                if self._scales is not None:
-                    note_in_metric(scaled(grad, self._scales[index]))
-                if self._sums:
-                    # Before it is synchronised, .grad holds what this rank accumulated.
-                    so_far = self.parameters[index].grad
-                    note_sum(grad if so_far is None else so_far + grad)
+            if not self._open:
+                self.elsewhere = True
+                return
+            heard(index)
+            # With create_graph=True it would record what is measured.
+            grad = grad.detach() if grad.requires_grad else grad
+            note(grad)
+            if self._scales is not None:
+                note_in_metric(scaled(grad, self._scales[index]))
+            if self._sums:
+                # Before it is synchronised, .grad holds what this rank accumulated.
+                so_far = self.parameters[index].grad
+                note_sum(grad if so_far is None else so_far + grad)
 
         # A parameter that goes to another process goes without it, and without a warning.
         silent: Callable[[Tensor], None] = unserializable_hook(hear)  # type: ignore[no-untyped-call]
@@ -244,10 +245,7 @@ class GradientProbe:
         heard = self._heard.copy()
         self._heard.clear()
         if not heard:
-            raise RuntimeError(
-                "no hook heard a gradient in this backward pass: the loss does not reach a parameter of the optimizer, "
-                "or gradients bypass autograd (fused accumulation into main_grad)."
-            )
+            raise RuntimeError(SILENT)
         if len(set(heard)) != len(heard):
             raise RuntimeError(
                 "a parameter received its gradient in several parts within one backward pass, as reentrant activation "
@@ -271,3 +269,9 @@ class GradientProbe:
         self._sum_buffers, self._shard_hooks, self._unsharded, self._own = [], {}, {}, []
         self._registered = -1
         self._scales = None
+
+
+SILENT = (
+    "no hook heard a gradient in this backward pass: the loss does not reach a parameter of the optimizer, or "
+    "gradients bypass autograd (fused accumulation into main_grad)."
+)

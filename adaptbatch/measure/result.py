@@ -47,9 +47,9 @@ class PendingResult:
         # A rate on the host already would have to wait for the device on its way there.
         on_host = None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
         scalars = sums if on_host is not None else sums | {"lr": torch.as_tensor(lr)}
-        first = sums["weighted"]
-        values = torch.stack([first, *(scalars[name].to(first) for name in scalars if name != "weighted")])
-        names = ("weighted", *(name for name in scalars if name != "weighted"))
+        first, *others = names = sorted(scalars, key="batch".__ne__)
+        one = scalars[first]
+        values = torch.stack([one, *(scalars[name].to(one) for name in others)])
         return cls(window.weight, sums.cells, names, HostCopy(values), window.all_micro_batches, on_host, steps)
 
     @classmethod
@@ -86,7 +86,7 @@ class PendingResult:
         named = self._named
         return WindowResult(
             self._measurement(named, ""),
-            self._measurement(named, "metric_") if "metric_weighted" in named else None,
+            self._measurement(named, "metric_") if "metric_batch" in named else None,
             named.get("loss_sum", math.nan) / self.global_batch,
             named["lr"] if self.lr is None else self.lr,
             self.steps,
@@ -96,7 +96,7 @@ class PendingResult:
     def _measurement(self, named: Mapping[str, float], prefix: str) -> Measurement:
         # What else was measured is Euclidean.
         more = ("radial_sq_norms", "consecutive_product", "rank_sq_norms") if prefix == "" else ()
-        norms = named[f"{prefix}weighted"], named[f"{prefix}batch"]
+        norms = named.get(f"{prefix}weighted", math.nan), named[f"{prefix}batch"]
         return Measurement(*norms, self.global_batch, self.cells, **{name: named.get(name, math.nan) for name in more})
 
 

@@ -16,7 +16,7 @@ from adaptbatch.accumulate.window import Window
 from adaptbatch.checks import require_examples
 from adaptbatch.measure.copies import PreviousGradient, WindowGradients
 from adaptbatch.measure.ghost import GhostProbe
-from adaptbatch.measure.probe import GradientProbe
+from adaptbatch.measure.probe import SILENT, GradientProbe
 from adaptbatch.measure.sums import Kept, SavedWindow, Sums
 from adaptbatch.optimizer.learning_rate import Adjustment
 from adaptbatch.optimizer.second_moment import metric_scales, require_metric
@@ -38,6 +38,7 @@ class Sensor:
 
     Attributes:
         sums: Of the open window.
+        listens: Whether its micro-batches are measured, and not only the mean that they leave.
 
     Raises:
         ValueError: If these do not go together, or the optimizer has no second moment for ``metric``.
@@ -81,6 +82,7 @@ class Sensor:
         self._previous = PreviousGradient() if phase else None
         self._scales: Sequence[Tensor] | None = None
         self.sums = Sums()
+        self.listens = True
         self.attach()
 
     # --- hooks ----------------------------------------------------------------------------------------------------
@@ -123,14 +125,15 @@ class Sensor:
 
     # --- a window -------------------------------------------------------------------------------------------------
 
-    def open(self, applied: Adjustment, steps_taken: int = 0) -> None:
-        """A window of which nothing is measured, in the metric of the step before.
+    def open(self, applied: Adjustment, steps_taken: int = 0, listens: bool = True) -> None:
+        """A window of which nothing is measured so far, in the metric of the step before.
 
         Args:
             applied: The adjustment of the last step.
             steps_taken: Optimizer steps so far, for an optimizer that counts them on a GPU: nothing waits for it.
+            listens: Whether its micro-batches are measured.
         """
-        self.sums = Sums()
+        self.sums, self.listens = Sums(), listens
         self._kept = WindowGradients() if self._keep_gradients else None
         if isinstance(self._probe, GradientProbe) and self.metric == "adam":
             steps = steps_taken if self._counts_on_device() else None
@@ -162,7 +165,10 @@ class Sensor:
 
     def begin(self, sums: bool = False, synchronises: bool = False) -> None:
         """:meth:`listening` begins."""
-        if isinstance(self._probe, GradientProbe):
+        if not self.listens:
+            # Its hooks return at once, and leave word that they were called.
+            self._probe.elsewhere = False
+        elif isinstance(self._probe, GradientProbe):
             self._probe.begin(sums and not self._ranks.sharded, synchronises)
         else:
             self._probe.begin()
@@ -174,7 +180,7 @@ class Sensor:
     @property
     def silent(self) -> bool:
         """Whether no gradient arrived in the last backward pass."""
-        return self._probe.silent
+        return self._probe.silent if self.listens else not self._probe.elsewhere
 
     @property
     def elsewhere(self) -> bool:
@@ -182,8 +188,8 @@ class Sensor:
         return self._probe.elsewhere
 
     def sq_norm(self) -> Tensor | None:
-        """Squared norm of the micro-batch gradient just heard, not read; None of single examples."""
-        return self._probe.take_sq_norm() if isinstance(self._probe, GradientProbe) else None
+        """Squared norm of the micro-batch gradient just heard, not read; None of single examples, or of none."""
+        return self._probe.take_sq_norm() if self.listens and isinstance(self._probe, GradientProbe) else None
 
     def take(
         self,
@@ -206,7 +212,11 @@ class Sensor:
         """
         probe, sums = self._probe, self.sums
         factor = reference**2 / weight
-        if isinstance(probe, GradientProbe):
+        if not self.listens:
+            if self.silent:
+                raise RuntimeError(SILENT)
+            sums.cells += 1 if isinstance(probe, GradientProbe) else round(weight)
+        elif isinstance(probe, GradientProbe):
             sq_norm = probe.take_sq_norm() if sq_norm is None else sq_norm
             sums.add("weighted", sq_norm * factor)
             sums.cells += 1
@@ -222,7 +232,8 @@ class Sensor:
             sums.cells += len(sq_norms)
         if loss is not None:
             # One element may come with dimensions.
-            sums.add("loss_sum", loss.detach().reshape(()).to(sq_norm) * weight)
+            mean = loss.detach().reshape(())
+            sums.add("loss_sum", (mean.double() if sq_norm is None else mean.to(sq_norm)) * weight)
 
     def keep(self, weight: float, reference: float, total: float) -> None:
         """What is kept of the gradient accumulated so far, where a rule or the ranks ask for it.
@@ -234,7 +245,7 @@ class Sensor:
         """
         if self._kept is not None:
             self._kept.add(self._stepped(), weight)
-        if isinstance(self._probe, GradientProbe) and (own := self._probe.sum_sq_norm()) is not None:
+        if self.listens and isinstance(self._probe, GradientProbe) and (own := self._probe.sum_sq_norm()) is not None:
             self.sums["rank_sq_norms"] = own * (reference**2 / total)
 
     def rescale(self, factor: float) -> None:
@@ -252,7 +263,7 @@ class Sensor:
         if isinstance(self._probe, GradientProbe):
             self._probe.require_all_heard()
         self.sums["batch"] = gradient_sq_norm(parameters, ranks=self._ranks)
-        if "metric_weighted" in self.sums:
+        if self._scales is not None:
             self.sums["metric_batch"] = gradient_sq_norm(self._probe.parameters, self._scales, self._ranks)
         if self._kept is not None:
             self.sums["radial_sq_norms"] = self._kept.radial_sq_norms(parameters, reference)
@@ -276,6 +287,8 @@ class Sensor:
         Raises:
             RuntimeError: If examples are not measured, or the window has several micro-batches.
         """
+        if not self.listens:
+            raise RuntimeError("nobody listens to this window: listen=1.0 measures all, so that each can be asked.")
         if not isinstance(self._probe, GhostProbe) or window.micro_batches != 1:
             raise RuntimeError(
                 f"the noise of single layers needs ghost=True and a window of one micro-batch, got "
@@ -310,7 +323,7 @@ class Sensor:
 
     def restore(self, sums: Sums, applied: Adjustment, steps_taken: int) -> None:
         """Go on in a window of these sums; the optimizer's state must be that of the checkpoint by now."""
-        self.open(applied, steps_taken)
+        self.open(applied, steps_taken, "weighted" in sums)
         self.sums = sums
         if self._scales is None:
             for name in ("metric_weighted", "metric_batch"):

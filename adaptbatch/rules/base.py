@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
+from adaptbatch.estimate.listening import Listen
 from adaptbatch.records import Decision, Evidence, Progress, Reason
 
 
@@ -85,6 +86,9 @@ class Rule(Protocol):
 
     ``closed_loop`` says whether the rule reads the noise (and so needs windows that can be measured); ``memory`` is the
     half-life of the evidence it wants [examples], None for the default of :func:`adaptbatch.estimate.memory_examples`.
+
+    A rule may also have ``pools = True``: it decides on pooled moments, so that some windows may go unmeasured; and
+    ``keeps_gradients = True``: it needs :attr:`.Measurement.radial_sq_norms`.
     """
 
     @property
@@ -104,6 +108,36 @@ class Reaction(Protocol):
     def react(
         self, decision: Decision, evidence: Evidence, progress: Progress, limits: Limits, memory: float | None
     ) -> Decision: ...
+
+
+def resolve_listen(listen: Listen, rule: Rule, whole: str = "") -> Listen:
+    """How many windows are measured for ``rule``: with ``"auto"`` all, where it does not decide on pooled moments.
+
+    Args:
+        listen: As the user gave it.
+        rule: That decides.
+        whole: What else wants every window, as ``"guard"``.
+
+    Raises:
+        ValueError: If ``listen`` is no share, or leaves out windows that are asked for.
+
+    Example:
+        >>> from adaptbatch.rules import Fixed, Pareto
+        >>> resolve_listen("auto", Pareto(price=100.0)), resolve_listen("auto", Fixed(2)), resolve_listen(0.5, Fixed(2))
+        ('auto', 1.0, 0.5)
+    """
+    pools = bool(getattr(rule, "pools", False))
+    if listen == "auto":
+        return "auto" if pools and not whole else 1.0
+    known = isinstance(listen, Real) and not isinstance(listen, bool)
+    if not (known and 0.0 < listen <= 1.0):
+        raise ValueError(f"listen must be 'auto' or a share of windows in (0, 1], got listen = {listen!r}.")
+    asks = whole or ("" if pools or not rule.closed_loop else type(rule).__name__)
+    if asks and listen < 1.0:
+        raise ValueError(
+            f"listen must be 'auto' or 1.0 with {asks}, which looks at single windows, got listen = {listen!r}."
+        )
+    return float(listen)
 
 
 def decide(

@@ -77,6 +77,7 @@ class RelativeStandardError(Composable):
     channel: Channel = "typical"
     at_floor: AtFloor = "grow"
     closed_loop: ClassVar[bool] = True
+    pools: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive("theta", self.theta, "1.0 lets the error equal the gradient's length")

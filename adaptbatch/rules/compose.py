@@ -63,6 +63,11 @@ class AnyOf(Composable):
         return self.rules[0].memory
 
     @property
+    def pools(self) -> bool:
+        """Whether all decide on pooled evidence."""
+        return all(getattr(rule, "pools", False) for rule in self.rules)
+
+    @property
     def keeps_gradients(self) -> bool:
         """Whether one of them needs the gradients of the micro-batches."""
         return any(getattr(rule, "keeps_gradients", False) for rule in self.rules)

@@ -45,6 +45,7 @@ class NoiseScale(Composable):
 
     memory: float | None = None
     closed_loop: ClassVar[bool] = True
+    pools: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_memory(self.memory)
@@ -86,6 +87,7 @@ class Pareto(Composable):
     price: float
     memory: float | None = None
     closed_loop: ClassVar[bool] = True
+    pools: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_positive("price", self.price, "c0 / c1 for a window of c0 + c1 n seconds")

@@ -338,7 +338,7 @@ class TestState:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"version": 99}, r"state must have version 7, got version = 99; it was saved by another release"),
+            ({"version": 99}, r"state must have version 8, got version = 99; it was saved by another release"),
             ({"surplus": 1}, r"state must have exactly the known keys, got unknown \['surplus'\] and missing \[\]"),
             (
                 {"late_window": {"names": []}},
@@ -346,7 +346,7 @@ class TestState:
             ),
             (
                 {"loop": saved(State(Progress())) | {"pooled": {}}},
-                r"state\['loop'\]\['pooled'\] must have exactly the known keys, got unknown \[\] and missing \['lag",
+                r"state\['loop'\]\['pooled'\] must have exactly the known keys, got unknown \[\] and missing \['inf",
             ),
         ],
         ids=["version", "unknown", "late", "pooled"],

@@ -45,7 +45,9 @@ class TestMeasurement:
 
         model = Point()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        with ab.BatchController(model, optimizer, rule=ab.RelativeStandardError(memory=4000.0)) as controller:
+        with ab.BatchController(
+            model, optimizer, rule=ab.RelativeStandardError(memory=4000.0), listen=1.0
+        ) as controller:
             for _ in range(600):
                 while not controller.step_due:
                     x = torch.randn(8, 25, generator=generator) / 5

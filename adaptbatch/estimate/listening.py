@@ -1,0 +1,70 @@
+"""Which windows are measured: all while the noise scale is not known well, else as few as it takes to stay so.
+
+A window nobody listens to has no work done in its backward passes; its ``|g|^2`` is known all the same, and enters the
+pooled moments (:meth:`.NoiseTracker.update_length`). So what listening less costs shows in the noise scale's own
+variance, and the share of windows follows from that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from adaptbatch.records import NoiseEstimate, Progress
+
+Listen = float | Literal["auto"]
+
+#: Relative standard error of the noise scale above which every window is measured; at half of it one in two is, then
+#: one in four. Decisions are tests at two to three standard errors, and a step of ``k`` is worth some ten percent.
+KNOWN = 0.2
+#: At most one window in so many is left to speak for the others.
+RAREST = 4
+#: Windows measured after each change of ``k``.
+AFTER_CHANGE = 8
+#: Windows worth of evidence below which its own variance is not to be believed.
+LEAST_WINDOWS = 16.0
+
+
+def listens(listen: Listen, evidence: NoiseEstimate, progress: Progress) -> bool:
+    """Whether the window to come is measured.
+
+    Args:
+        listen: A share of windows, evenly spread; or ``"auto"``.
+        evidence: Pooled, of the channel that decides.
+        progress: After the decision.
+
+    Example:
+        >>> known = NoiseEstimate(4.0, 400.0, 0.01, 100.0, 0.0, degrees_of_freedom=90.0, effective_windows=30.0)
+        >>> [listens("auto", known, Progress(window, 6400.0, 2, 32.0)) for window in range(4)]
+        [True, False, False, False]
+        >>> [listens(0.5, known, Progress(window)) for window in range(4)]
+        [False, True, False, True]
+    """
+    turn = progress.window
+    if listen != "auto":
+        return math.floor((turn + 1) * listen) > math.floor(turn * listen)
+    since = progress.examples_since_change / progress.global_batch
+    if evidence.effective_windows < LEAST_WINDOWS or since < AFTER_CHANGE:
+        return True
+    error, every = noise_scale_error(evidence), 1
+    while every < RAREST and every * error < KNOWN:
+        every *= 2
+    return turn % every == 0
+
+
+def noise_scale_error(pair: NoiseEstimate) -> float:
+    """Relative standard error of ``B = tr(Sigma) / |G|^2`` by its first order; infinite where there is none.
+
+    Example:
+        >>> noise_scale_error(NoiseEstimate(4.0, 400.0, 0.04, 1600.0, 0.0, 90.0, 30.0))
+        0.1118...
+    """
+    signal, trace = pair.grad_sq_norm, pair.noise_trace
+    if not (signal > 0.0 and trace > 0.0):
+        return math.inf
+    square = (
+        pair.var_noise_trace / trace / trace
+        + pair.var_grad_sq_norm / signal / signal
+        - 2.0 * pair.covariance / trace / signal
+    )
+    return math.sqrt(square) if square >= 0.0 else math.inf
