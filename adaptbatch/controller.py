@@ -69,16 +69,16 @@ class BatchController(WindowLoop):
             step, unseen by schedulers; None couples nothing.
         guard: Answers exceedances of the usual gradient, and gradients that are not finite, by skipping and growing,
             whatever the rule; None leaves them to the rule. Reads the window's numbers before each step.
-        phase: Measure the inner product of consecutive gradients, whose sign tells a noise floor from a transient.
-            Costs a copy of the gradient.
+        consecutive: Measure the inner product of consecutive gradients, whose sign tells a noise floor from a
+            transient (Pflug 1990). Costs a copy of the gradient.
         skip_nonfinite: Leave out a step whose gradients are not finite (one host read before each step). With False
             the step is taken as in a plain loop, and on a GPU the numbers reach the host, hence the decision, one
             window late.
         unit: What weights count, for whoever reads: ``"tokens"``. Columns keep their names.
         listen: How many windows are measured: a share of them, or ``"auto"``, all while the noise scale is not known
             well and after every change of ``k``, else one in two to four; all of them where ``rule`` does not decide on
-            pooled moments, or with a ``guard`` or ``phase``. Of the others only ``|g|^2`` is known, and their rows hold
-            NaN. See :func:`~adaptbatch.estimate.listens`.
+            pooled moments, or with a ``guard`` or ``consecutive``. Of the others only ``|g|^2`` is known, and their
+            rows hold NaN. See :func:`~adaptbatch.estimate.listens`.
 
     Raises:
         ValueError: If nothing is trainable, ``population`` is below 1, ``limits`` do not fit the rule, a layer has no
@@ -111,7 +111,7 @@ class BatchController(WindowLoop):
         ghost: bool = False,
         learning_rate: LearningRate | None = None,
         guard: Guard | None = None,
-        phase: bool = False,
+        consecutive: bool = False,
         scaler: GradScaler | None = None,
         process_group: Any = None,
         sync: Sync = "last",
@@ -130,7 +130,9 @@ class BatchController(WindowLoop):
         size = checked_population(population)
         self.rule: Rule = RelativeStandardError() if rule is None else rule
         self.guard = guard
-        self._listen = resolve_listen(listen, self.rule, "guard" if guard is not None else "phase" if phase else "")
+        self._listen = resolve_listen(
+            listen, self.rule, "guard" if guard is not None else "consecutive" if consecutive else ""
+        )
         self._ranks = ranks = Ranks(model, process_group, sync)
         self._by_example = ghost
         if limits is None:
@@ -143,7 +145,7 @@ class BatchController(WindowLoop):
             ranks,
             metric=metric,
             ghost=ghost,
-            phase=phase,
+            consecutive=consecutive,
             keep_gradients=bool(getattr(self.rule, "keeps_gradients", False)),
             scaler=scaler,
             learning_rate=learning_rate,
@@ -436,8 +438,8 @@ class BatchController(WindowLoop):
         keeps them); their numbering goes on after a load.
 
         ``torch.distributed.checkpoint`` saves any of these states, and loads in place those whose keys the controller
-        at hand has too: those between windows, without ``phase``. Of another it says that ``window`` or ``previous``
-        is missing and changes nothing; such a checkpoint is read whole::
+        at hand has too: those between windows, without ``consecutive``. Of another it says that ``window`` or
+        ``previous`` is missing and changes nothing; such a checkpoint is read whole::
 
             dcp_to_torch_save(folder, "whole.pt")  # of torch.distributed.checkpoint.format_utils
             controller.load_state_dict(torch.load("whole.pt")["controller"])

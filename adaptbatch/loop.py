@@ -45,7 +45,7 @@ class WindowLoop(ABC):
         *,
         metric: Metric,
         ghost: bool,
-        phase: bool,
+        consecutive: bool,
         keep_gradients: bool,
         scaler: GradScaler | None,
         learning_rate: LearningRate | None,
@@ -59,7 +59,7 @@ class WindowLoop(ABC):
             optimizer,
             metric=metric,
             ghost=ghost,
-            phase=phase,
+            consecutive=consecutive,
             keep_gradients=keep_gradients,
             ranks=ranks,
         )

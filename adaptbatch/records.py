@@ -170,13 +170,13 @@ class Response:
     Attributes:
         elasticity: ``d ln B / d ln n`` over the present climb [1]: 0 where ``B`` does not care, 1 at a noise floor.
         least_error_sq: The smallest ``B / n`` among the sizes of the climb [1].
-        phase: Mean of ``<g_t, g_{t-1}>`` in its standard errors: positive while the loss still falls along ``G``,
+        consecutive: Mean of ``<g_t, g_{t-1}>`` in its standard errors: positive while the loss still falls along ``G``,
             negative at a floor; NaN unless it is measured.
     """
 
     elasticity: float = math.nan
     least_error_sq: float = math.nan
-    phase: float = math.nan
+    consecutive: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,7 +250,7 @@ class State:
             typical=self.typical.estimate(),
             level=self.typical.level,
             tail=self.typical.tail(),
-            response=Response(self.climb.elasticity(), self.climb.least_error_sq(), self.phase()),
+            response=Response(self.climb.elasticity(), self.climb.least_error_sq(), self.consecutive()),
             window=self.window,
             loss=self.loss_sum / self.loss_weight if self.loss_weight > 0.0 else math.nan,
             lr=self.lr,
@@ -258,7 +258,7 @@ class State:
             example_seconds=seconds.rest / seconds.examples if seconds.examples > 0.0 else math.nan,
         )
 
-    def phase(self) -> float:
+    def consecutive(self) -> float:
         """Mean of ``<g_t, g_{t-1}>`` in its standard errors; NaN before eight windows of it."""
         pair = self.products.estimate()
         if not (pair.effective_windows >= 8.0 and pair.var_grad_sq_norm > 0.0):

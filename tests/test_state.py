@@ -156,7 +156,7 @@ class TestEvidence:
         for _ in range(60):
             result = replace(window(rng), consecutive_product=sign * (1.0 + 0.5 * rng.standard_normal()))
             state = state.counted(WindowCounts(32.0, 4)).measured(WindowResult(result), MEMORY)
-        assert sign * state.phase() > 5.0
+        assert sign * state.consecutive() > 5.0
 
     def test_a_window_cut_short_is_no_size_of_the_climb(self):
         state = filled()
@@ -168,7 +168,7 @@ class TestEvidence:
         )
 
     def test_no_phase_without_products(self):
-        assert math.isnan(filled().phase())
+        assert math.isnan(filled().consecutive())
 
 
 class TestMemories:
@@ -189,10 +189,10 @@ class TestMemories:
     def test_the_phase_is_known_from_eight_windows_on(self):
         state = State(Progress(accumulation_steps=2))
         for index in range(9):
-            assert math.isnan(state.phase())
+            assert math.isnan(state.consecutive())
             one = Measurement(64.0, 4.0, global_batch=8.0, cells=2, consecutive_product=1.0 + index % 2)
             state = state.counted(WindowCounts(8.0, 2)).measured(WindowResult(one), memory=1e9)
-        assert state.phase() > 0.0
+        assert state.consecutive() > 0.0
 
     def test_a_window_that_is_short_on_one_rank_says_nothing_of_the_micro_batches(self):
         whole = State(Progress(accumulation_steps=2, world_size=2)).counted(WindowCounts(16.0, 4, largest=4.0))

@@ -40,7 +40,7 @@ class AdaptiveAccumulation(L.Callback):
     for the same reason Lightning may warn that a checkpoint of an epoch's end was one of its middle.
 
     Args:
-        rule, limits, metric, population, ghost, phase, listen, process_group: Those of
+        rule, limits, metric, population, ghost, consecutive, listen, process_group: Those of
             :class:`~adaptbatch.controller.BatchController`.
         weight: Examples (or tokens) that a batch's mean loss is over, as a Python number; None: the first dimension of
             the first tensor in the batch.
@@ -77,7 +77,7 @@ class AdaptiveAccumulation(L.Callback):
         metric: Metric = "euclidean",
         population: float | None = None,
         ghost: bool = False,
-        phase: bool = False,
+        consecutive: bool = False,
         process_group: Any = None,
         weight: Callable[[Any], float] | None = None,
         skip_nonfinite: bool = True,
@@ -92,7 +92,7 @@ class AdaptiveAccumulation(L.Callback):
             "metric": metric,
             "population": population,
             "ghost": ghost,
-            "phase": phase,
+            "consecutive": consecutive,
             "unit": unit,
             "listen": listen,
             "process_group": process_group,

@@ -41,13 +41,13 @@ class AdaptiveAccumulationMixin(Trainer):
     A window whose gradients are not finite is recorded as ``nonfinite`` and moves nothing: the Trainer steps, but finds
     no gradients (an fp16 scaler skips by itself). Neither a guard nor a coupling of the learning rate can be had.
 
-    A checkpoint holds the controller's state (without the gradient that ``phase`` remembers) and the place in the data;
-    ``resume_from_checkpoint`` goes on there.
+    A checkpoint holds the controller's state (without the gradient that ``consecutive`` remembers) and the place in the
+    data; ``resume_from_checkpoint`` goes on there.
 
     Args:
         args, kwargs: The Trainer's own. ``compute_loss`` and ``compute_loss_func`` are called with
             ``num_items_in_batch=None`` and return the mean over their micro-batch.
-        rule, limits, metric, population, ghost, phase, listen: Those of
+        rule, limits, metric, population, ghost, consecutive, listen: Those of
             :class:`~adaptbatch.controller.BatchController`.
         weight: Target tokens (or examples) that a micro-batch's mean loss is over, of its inputs; None: labels that are
             not -100, shifted if the model's loss shifts them, and where labels are no integers, examples. In one
@@ -85,7 +85,7 @@ class AdaptiveAccumulationMixin(Trainer):
         metric: Metric = "euclidean",
         population: float | None = None,
         ghost: bool = False,
-        phase: bool = False,
+        consecutive: bool = False,
         weight: Callable[[Mapping[str, Any]], float] | None = None,
         skip_nonfinite: bool = True,
         unit: str = "examples",
@@ -101,7 +101,7 @@ class AdaptiveAccumulationMixin(Trainer):
             "metric": metric,
             "population": population,
             "ghost": ghost,
-            "phase": phase,
+            "consecutive": consecutive,
             "unit": unit,
             "listen": listen,
         }
@@ -291,7 +291,7 @@ class AdaptiveAccumulationState(TrainerCallback, ExportableState):
         if trainer is not None and trainer.controller is not None and trainer._taken:
             trainer.controller._require_between_windows("state()")
             controller = trainer.controller.state_dict()
-            # Gradients are no JSON; of a window that is over only ``phase`` would use them.
+            # Gradients are no JSON; of a window that is over only ``consecutive`` would use them.
             controller["sensor"] = dict.fromkeys(controller["sensor"]) | {"cells": 0}
             saved = {"taken": trainer._taken, "controller": controller}
         return {"args": {}, "attributes": {"saved": saved}}

@@ -32,7 +32,7 @@ class Sensor:
         model, optimizer: What is trained.
         metric: ``"adam"`` measures in the optimizer's metric too, once its second moment is warm.
         ghost: Measure examples instead of micro-batches.
-        phase: Measure the inner product with the gradient of the window before.
+        consecutive: Measure the inner product with the gradient of the window before.
         keep_gradients: Keep the window's gradients, for their parts along the mean.
         ranks: Who trains ``model``; None: this process alone.
 
@@ -66,12 +66,12 @@ class Sensor:
         *,
         metric: Metric = "euclidean",
         ghost: bool = False,
-        phase: bool = False,
+        consecutive: bool = False,
         keep_gradients: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = Ranks(model) if ranks is None else ranks
-        _require_together(metric, ghost, phase, keep_gradients, self._ranks)
+        _require_together(metric, ghost, consecutive, keep_gradients, self._ranks)
         if metric == "adam":
             require_metric(optimizer)
         self._model, self._optimizer, self.metric = model, optimizer, metric
@@ -79,7 +79,7 @@ class Sensor:
         self._probe: GradientProbe | GhostProbe = GhostProbe() if ghost else GradientProbe()
         self._keep_gradients = keep_gradients
         self._kept: WindowGradients | None = None
-        self._previous = PreviousGradient() if phase else None
+        self._previous = PreviousGradient() if consecutive else None
         self._scales: Sequence[Tensor] | None = None
         self.sums = Sums()
         self.listens = True
@@ -345,7 +345,7 @@ class Sensor:
             self._previous.forget()
 
 
-def _require_together(metric: Metric, ghost: bool, phase: bool, keep_gradients: bool, ranks: Ranks) -> None:
+def _require_together(metric: Metric, ghost: bool, consecutive: bool, keep_gradients: bool, ranks: Ranks) -> None:
     if metric not in get_args(Metric):
         raise ValueError(f"metric must be one of {get_args(Metric)}, got metric = {metric!r}.")
     if ghost and metric != "euclidean":
@@ -368,10 +368,11 @@ def _require_together(metric: Metric, ghost: bool, phase: bool, keep_gradients: 
             "rule must not keep the window's gradients on several ranks, where a window's mean is known only after "
             "they are synchronised; use a rule of squared norms, such as NormTest."
         )
-    if ranks.sharded and (ghost or phase or metric != "euclidean"):
+    if ranks.sharded and (ghost or consecutive or metric != "euclidean"):
         raise ValueError(
-            f"model must not be sharded for ghost norms, the phase or Adam's metric, got fully_shard with ghost = "
-            f"{ghost}, phase = {phase}, metric = {metric!r}; leave them out, or use DistributedDataParallel."
+            f"model must not be sharded for ghost norms, consecutive gradients or Adam's metric, got fully_shard with "
+            f"ghost = {ghost}, consecutive = {consecutive}, metric = {metric!r}; leave them out, or use "
+            f"DistributedDataParallel."
         )
 
 

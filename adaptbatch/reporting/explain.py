@@ -125,7 +125,7 @@ def _careful(
     if math.isfinite(evidence.tail.episode_examples):
         ago = evidence.tail.episode_examples
         cautions.append(f"the last gradient a hundred times longer than usual came {ago:,.0f} {unit} ago")
-    if evidence.response.phase < -2.0:
+    if evidence.response.consecutive < -2.0:
         cautions.append("consecutive gradients point against each other, as at a noise floor")
     if shards.chance() < 0.01:
         cautions.append(

@@ -77,7 +77,7 @@ class History:
     tail_excess           this window's ``Q / n`` over the median of those before [1]
     tail_share            share of the pooled sum of squares beyond the bound of the typical channel [1]
     elasticity            ``d ln B / d ln n`` over the present climb [1]; near 1 at a noise floor
-    consecutive_product   ``<g_t, g_{t-1}>`` [g^2]; NaN without ``phase=True``
+    consecutive_product   ``<g_t, g_{t-1}>`` [g^2]; NaN without ``consecutive=True``
     batch_grad_norm       ``|g|`` of this window's mean gradient, before clipping
     applied_grad_norm     the same as the optimizer got it, after clipping (not a trainer's own)
     shard_ratio           scatter between the ranks' means over that within ranks [1]: near 1 where shards are alike;

@@ -21,7 +21,7 @@ SHRINK_DWELL = 3.0
 # The noise floor is diagnosed where B went up with n nearly in proportion and no size was near large enough.
 FLOOR_ELASTICITY = 0.7
 FLOOR_EXCESS = 1.5
-# Standard errors at which the phase indicator overrules the elasticity.
+# Standard errors at which the product of consecutive gradients overrules the elasticity.
 FLOOR_Z = 2.0
 
 
@@ -134,10 +134,10 @@ class RelativeStandardError(Composable):
         return excess < -self.z_shrink * error
 
     def _at_floor(self, response: Response) -> bool:
-        """Whether growing made ``B`` grow alike; the phase of consecutive gradients, where measured, has a veto."""
+        """Whether growing made ``B`` grow alike; consecutive gradients, where measured, have a veto."""
         rose = response.elasticity > FLOOR_ELASTICITY
         never_enough = response.least_error_sq > FLOOR_EXCESS * self.theta**2
-        return rose and never_enough and not response.phase > -FLOOR_Z
+        return rose and never_enough and not response.consecutive > -FLOOR_Z
 
     def _dead_examples(self, progress: Progress) -> float:
         if self.dead_time is not None:

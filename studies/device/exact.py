@@ -143,8 +143,8 @@ _ADAPTIVE: dict[str, Any] = {"rule": ab.RelativeStandardError(), "limits": ab.Li
 RESUMED: dict[str, dict[str, Any]] = {
     "resume, read before the step": _ADAPTIVE,
     "resume, read late": _ADAPTIVE | {"skip_nonfinite": False},
-    "resume, read late, in Adam's metric with the phase": _ADAPTIVE
-    | {"skip_nonfinite": False, "metric": "adam", "phase": True},
+    "resume, read late, in Adam's metric, consecutive gradients": _ADAPTIVE
+    | {"skip_nonfinite": False, "metric": "adam", "consecutive": True},
     "resume, fp16": _ADAPTIVE,
 }
 

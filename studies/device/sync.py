@@ -54,7 +54,7 @@ SETTINGS = {
     "fp16, scaler": Setting(precision="fp16", reads_first=True),
     "clipping": Setting(clips=True),
     "Adam's metric": Setting({"metric": "adam"}),
-    "phase": Setting({"phase": True}),
+    "consecutive": Setting({"consecutive": True}),
     "ghost norms": Setting({"ghost": True}, networks=("transformer", "wide MLP")),
     "guard": Setting({"guard": ab.Guard()}, reads_first=True),
     "kept gradients": Setting({"rule": ab.rules.InnerProductTest()}),

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 import adaptbatch as ab
+from adaptbatch import estimate
 from adaptbatch.records import WindowCounts, WindowResult
 from adaptbatch.state import State
 
@@ -84,6 +85,9 @@ RULES: dict[str, ab.rules.Rule] = {
     "CLT, pooled": ab.RelativeStandardError(channel="pooled"),
     "CLT, holds at floor": ab.RelativeStandardError(at_floor="hold"),
     "CLT, guarded": ab.RelativeStandardError(),
+    "CLT, listens less": ab.RelativeStandardError(),
+    "standard error": ab.StandardError(reference_batch=400),
+    "CLT or standard error": ab.RelativeStandardError() | ab.StandardError(reference_batch=400),
     "norm test": ab.rules.NormTest(theta=math.sqrt(0.5)),
     "norm test, debiased": ab.rules.NormTest(theta=1.0, debiased=True, grow_only=False),
     "inner product": ab.rules.InnerProductTest(nu=math.sqrt(0.5)),
@@ -96,7 +100,22 @@ RULES: dict[str, ab.rules.Rule] = {
 }
 # Rules that are run with one; nothing is there to be skipped.
 GUARDS = {"CLT, guarded": ab.Guard(max_skips=0)}
+# Those that do not measure every window.
+LISTENS: dict[str, ab.estimate.Listen] = {"CLT, listens less": "auto"}
 DEFAULT = "CLT"
+# Beside "CLT" as it was tuned, with every window measured.
+LISTENS_LESS = "CLT, listens less"
+
+
+COLUMNS = (
+    "examples_seen",
+    "accumulation_steps",
+    "true_noise_scale",
+    "reason",
+    "listened",
+    "noise_scale_low",
+    "noise_scale_high",
+)
 
 
 def simulate(
@@ -104,18 +123,20 @@ def simulate(
     profile: Profile,
     seed: int,
     examples: float = EXAMPLES,
-    phase: bool = False,
+    consecutive: bool = False,
     guard: ab.Guard | None = None,
+    listen: ab.estimate.Listen = 1.0,
 ) -> pd.DataFrame:
-    """One run: a row for each window with its size, the true noise scale and the decision's reason.
+    """One run: a row for each window with its size, the true noise scale and its interval, and the decision's reason.
 
     Args:
         rule: Decides from what it would hear in training.
         profile: What the truth is.
         seed: Of all draws.
         examples: Length of the run.
-        phase: Whether the inner product of consecutive gradients is measured.
+        consecutive: Whether the inner product of consecutive gradients is measured.
         guard: Overrules the rule upwards.
+        listen: How many windows are measured.
     """
     rng, state, rows = np.random.default_rng(seed), State(ab.records.Progress(accumulation_steps=2)), []
     position, last = _start(profile), np.full(DIMENSION, math.nan)
@@ -126,16 +147,20 @@ def simulate(
         if profile.catastrophes > 0.0 and rng.random() < profile.catastrophes:
             factor = math.exp(rng.uniform(*np.log(CATASTROPHE)))
             window, gradient = longer(window, factor), factor * gradient
-        if phase:
+        listened = state.progress.listens
+        if not listened:
+            window = replace(window, weighted_sq_norms=math.nan, radial_sq_norms=math.nan)
+        if consecutive:
             window, last = replace(window, consecutive_product=float(gradient @ last)), gradient
         if position is not None:
             position = position - gradient
         n = window.global_batch
         result = WindowResult(window, loss=0.5 * float(mean @ mean), lr=1.0)
         counts = WindowCounts(n, k, step_seconds=STEP_SECONDS, seconds=EXAMPLE_SECONDS * n)
-        state, _, decision = state.advance(counts, [result], rule, LIMITS, guard)
-        rows.append((state.progress.examples_seen, k, profile.truth(u, n), decision.reason))
-    return pd.DataFrame(rows, columns=["examples_seen", "accumulation_steps", "true_noise_scale", "reason"])
+        state, evidence, decision = state.advance(counts, [result], rule, LIMITS, guard, listen)
+        truth, interval = profile.truth(u, n), estimate.noise_scale_interval(evidence.typical)
+        rows.append((state.progress.examples_seen, k, truth, decision.reason, listened, *interval))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _start(profile: Profile) -> np.ndarray | None:
@@ -199,8 +224,11 @@ def measure(run: pd.DataFrame) -> dict[str, float]:
 
     The error is against the smallest batch with relative error at most 1 that the limits allow, over windows after the
     first twentieth of the examples; the lag is the delay of the true noise scale that makes this error smallest. Shares
-    are of windows at the limits, and of those whose decision was ``noise_floor`` or ``guard``.
+    are of windows at the limits, of those whose decision was ``noise_floor`` or ``guard``, of those that were measured,
+    and of those after the first twentieth whose 95 % interval holds the true noise scale.
     """
+    late = run[run["examples_seen"] > 0.05 * run["examples_seen"].iloc[-1]]
+    low, high = late["noise_scale_low"], late["noise_scale_high"]
     k, moves = run["accumulation_steps"].to_numpy(), np.diff(run["accumulation_steps"])
     directions = np.sign(moves[moves != 0])
     return {
@@ -211,6 +239,8 @@ def measure(run: pd.DataFrame) -> dict[str, float]:
         "at limits": float(np.isin(k, [2, LIMITS.max_steps]).mean()),
         "noise floor": float((run["reason"] == "noise_floor").mean()),
         "guard": float((run["reason"] == "guard").mean()),
+        "measured": float(run["listened"].mean()),
+        "covered": float(late["true_noise_scale"].between(low, high).mean()),
     }
 
 
@@ -238,7 +268,7 @@ def _run(rule: str, profile: str, seed: int, examples: float) -> tuple[dict[str,
     # A profile holds functions, which do not travel to another process; its name does.
     truth = next(known for known in PROFILES if known.name == profile)
     names = {"rule": rule, "profile": profile, "seed": seed}
-    windows = simulate(RULES[rule], truth, seed, examples, guard=GUARDS.get(rule))
+    windows = simulate(RULES[rule], truth, seed, examples, guard=GUARDS.get(rule), listen=LISTENS.get(rule, 1.0))
     return names | measure(windows), windows.assign(**names) if rule == DEFAULT else None
 
 

@@ -398,9 +398,9 @@ def all_unscoped(rank: int) -> dict[str, Any]:
 
 
 def bookkeeping(rank: int) -> dict[str, Any]:
-    """A clipped training of two ranks with the phase; what one knows of the seconds; one that synchronises each."""
+    """A clipped training of two ranks; what one knows of the seconds; one that synchronises each."""
     model = DistributedDataParallel(small_model())
-    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), phase=True)
+    controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(2), consecutive=True)
     clipped(controller, model, [half.split(4)[rank] for half in batches([8] * 12)], slow=0.01 * rank)
     found: dict[str, Any] = {"rows": controller.history.to_pandas(), "seconds": controller._state.seconds}
     model = DistributedDataParallel(small_model())
@@ -444,7 +444,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 class TestBookkeeping:
     def test_clipping_and_the_phase_are_those_of_one_process(self, found):
         model = small_model()
-        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(4), phase=True)
+        controller = ab.BatchController(model, sgd(model), rule=ab.Fixed(4), consecutive=True)
         clipped(controller, model, [half for x in batches([8] * 12) for half in x.split(4)])
         expected = controller.history.to_pandas()
         assert (expected["applied_grad_norm"] < 0.5 * expected["batch_grad_norm"]).all()

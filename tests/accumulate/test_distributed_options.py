@@ -267,7 +267,7 @@ if not sharding.args[0]:
     JOBS |= {
         "sharded_ignored": partial(sharded, ignored=2),
         "sharded_ghost": partial(sharded, ghost=True),
-        "sharded_phase": partial(sharded, phase=True),
+        "sharded_phase": partial(sharded, consecutive=True),
         "sharded_metric": partial(sharded, made=adam, metric="adam"),
         "metered": metered,
         "unheard": unheard,
@@ -337,7 +337,11 @@ def test_compression_rounds_the_mean_and_not_what_is_measured(found: list[dict[s
         pytest.param("flattened", "(FSDP1 is not supported)", marks=sharding),
         pytest.param("sharded_ignored", "2 trained parameters are not synchronised", marks=sharding),
         *(
-            pytest.param(name, "model must not be sharded for ghost norms, the phase or Adam's metric", marks=sharding)
+            pytest.param(
+                name,
+                "model must not be sharded for ghost norms, consecutive gradients or Adam's metric",
+                marks=sharding,
+            )
             for name in ("sharded_ghost", "sharded_phase", "sharded_metric")
         ),
     ],

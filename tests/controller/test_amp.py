@@ -115,7 +115,7 @@ class TestScaler:
         rows, windows = [], []
         for scaler in (GradScaler("cpu", init_scale=1024.0), None):
             for options in (
-                {"metric": "adam", "phase": True, "rule": ab.Fixed(2)},
+                {"metric": "adam", "consecutive": True, "rule": ab.Fixed(2)},
                 {"rule": ab.rules.InnerProductTest(nu=2.0)},
             ):
                 model = small_model(dtype=torch.float32)
@@ -154,7 +154,7 @@ class TestScaler:
         ours, twin = small_model(dtype=torch.float32), small_model(dtype=torch.float32)
         scaler = GradScaler("cpu", init_scale=1024.0)
         optimizer = sgd(ours)
-        options = {"rule": ab.Fixed(2), "phase": True}
+        options = {"rule": ab.Fixed(2), "consecutive": True}
         controller = ab.BatchController(ours, optimizer, scaler=scaler, **options)
         for x in data:
             with controller.observe(squared(ours, x), weight=len(x)) as weighted:

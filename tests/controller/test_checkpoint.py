@@ -87,7 +87,7 @@ class TestState:
             [
                 {"rule": LastDigits()},
                 {"rule": ab.rules.InnerProductTest()},
-                {"rule": LastDigits(), "phase": True},
+                {"rule": LastDigits(), "consecutive": True},
                 {"rule": LastDigits(), "metric": "adam"},
                 {"rule": ab.rules.Replay([1, 3, 2, 5]), "ghost": True},
                 {"rule": LastDigits(), "scaler": True},
@@ -167,14 +167,14 @@ class TestState:
         assert c._state.progress.micro_batch_examples == 4.0
         assert c._state.unequal == 0
 
-    @pytest.mark.parametrize("phase", [False, True])
+    @pytest.mark.parametrize("consecutive", [False, True])
     @pytest.mark.parametrize("clips", [False, True])
-    def test_a_due_window_goes_on_to_the_last_bit(self, phase, clips):
+    def test_a_due_window_goes_on_to_the_last_bit(self, consecutive, clips):
         data, outcomes = batches([4, 4, 4, 4]), []
         for resumes in (False, True):
             model = small_model()
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-            c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), phase=phase)
+            c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), consecutive=consecutive)
             for x in data:
                 c.backward(squared(model, x), weight=4)
                 if c.step_due and resumes:
@@ -182,7 +182,7 @@ class TestState:
                     c.discard_window()
                     model = small_model(1)
                     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-                    c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), phase=phase)
+                    c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), consecutive=consecutive)
                     c.load_state_dict(states[2])
                     model.load_state_dict(states[0])
                     optimizer.load_state_dict(states[1])
@@ -292,7 +292,7 @@ class TestState:
     def test_a_load_forgets_the_gradient_before_it(self):
         """Of the training that is left no gradient is multiplied by one of the training that is gone on with."""
         used, fresh = (
-            ab.BatchController(m, torch.optim.SGD(m.parameters(), lr=0.0), rule=ab.Fixed(2), phase=True)
+            ab.BatchController(m, torch.optim.SGD(m.parameters(), lr=0.0), rule=ab.Fixed(2), consecutive=True)
             for m in (small_model(), small_model())
         )
         state = fresh.state_dict()

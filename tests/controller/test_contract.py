@@ -43,9 +43,11 @@ class Contract(RuleBasedStateMachine):
     The last layer's bias is added to the optimizer under way; the loss scale, if there is one, has another owner too.
     """
 
-    @initialize(steps=st.lists(st.integers(1, 4), min_size=1, max_size=4), phase=st.booleans(), scaled=st.booleans())
-    def start(self, steps: list[int], phase: bool, scaled: bool) -> None:
-        self.steps, self.phase, self.limits = steps, phase, ab.Limits()
+    @initialize(
+        steps=st.lists(st.integers(1, 4), min_size=1, max_size=4), consecutive=st.booleans(), scaled=st.booleans()
+    )
+    def start(self, steps: list[int], consecutive: bool, scaled: bool) -> None:
+        self.steps, self.consecutive, self.limits = steps, consecutive, ab.Limits()
         self.k = steps[0]
         self.ours, self.twin = small_model(), small_model()
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2) if scaled else None
@@ -73,7 +75,7 @@ class Contract(RuleBasedStateMachine):
             model,
             optimizer,
             rule=ab.rules.Replay(self.steps),
-            phase=self.phase,
+            consecutive=self.consecutive,
             limits=self.limits,
             scaler=self.scaler,
         )

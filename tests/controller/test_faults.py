@@ -239,7 +239,7 @@ def test_parameters_come_and_go_within_a_window(event: str, close: bool):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"phase": True}], ids=["plain", "phase"])
+@pytest.mark.parametrize("options", [{}, {"consecutive": True}], ids=["plain", "consecutive"])
 def test_a_group_is_added_between_a_load_and_the_next_micro_batch(options: dict):
     """As in gradual unfreezing: the optimizer is rebuilt as it was saved, and grows again."""
     ours, twin, x = Heads(), Heads(), batches([4, 7])

@@ -332,7 +332,7 @@ class TestGradientsOfOtherKinds:
         torch.manual_seed(0)
         weight = nn.Parameter(torch.randn(5, dtype=torch.complex128))
         model, seen = nn.ParameterList([weight]), []
-        c = ab.BatchController(model, torch.optim.SGD([weight], lr=0.1), rule=ab.Fixed(1), phase=True)
+        c = ab.BatchController(model, torch.optim.SGD([weight], lr=0.1), rule=ab.Fixed(1), consecutive=True)
         for scale in (1.0, 2.0):
             c.backward((weight * (scale + 1j)).abs().square().sum(), weight=1)
             seen.append(weight.grad.clone())  # type: ignore[union-attr]

@@ -150,7 +150,7 @@ class TestArguments:
             ({"listen": "some"}, r"listen must be 'auto' or a share .*got listen = 'some'"),
             ({"listen": True}, r"listen must be 'auto' or a share .*got listen = True"),
             ({"listen": 0.5, "guard": ab.Guard()}, r"listen must be 'auto' or 1.0 with guard, .* got listen = 0.5"),
-            ({"listen": 0.5, "phase": True}, r"listen must be 'auto' or 1.0 with phase"),
+            ({"listen": 0.5, "consecutive": True}, r"listen must be 'auto' or 1.0 with consecutive"),
             ({"listen": 0.5, "rule": ab.rules.NormTest()}, r"listen must be 'auto' or 1.0 with NormTest"),
             ({"listen": 0.5, "rule": ab.rules.InnerProductTest()}, r"'auto' or 1.0 with InnerProductTest"),
         ],
@@ -169,7 +169,7 @@ class TestArguments:
             ({"rule": ab.rules.NormTest()}, 1.0),
             ({"rule": ab.Pareto(price=100.0) | ab.rules.NormTest()}, 1.0),
             ({"guard": ab.Guard()}, 1.0),
-            ({"phase": True}, 1.0),
+            ({"consecutive": True}, 1.0),
         ],
     )
     def test_auto_measures_all_where_single_windows_count(self, options, listens):

@@ -140,8 +140,13 @@ def hear(controller: ab.BatchController, windows: int) -> None:
 
 STATES: dict[str, dict[str, Any]] = {
     "fresh": {"windows": 0, "micro_batches": 0},
-    "between windows": {"windows": 20, "micro_batches": 0, "rule": ab.rules.Replay([2] * 8 + [3] * 12), "phase": True},
-    "within a window": {"windows": 12, "micro_batches": 2, "rule": ab.Fixed(3), "phase": True, "metric": "adam"},
+    "between windows": {
+        "windows": 20,
+        "micro_batches": 0,
+        "rule": ab.rules.Replay([2] * 8 + [3] * 12),
+        "consecutive": True,
+    },
+    "within a window": {"windows": 12, "micro_batches": 2, "rule": ab.Fixed(3), "consecutive": True, "metric": "adam"},
     "with kept gradients": {"windows": 3, "micro_batches": 1, "rule": ab.rules.InnerProductTest()},
     "with a scaler": {"windows": 3, "micro_batches": 1, "scaler": torch.amp.GradScaler("cpu", init_scale=4.0)},
     "with a late window": {"windows": 12, "micro_batches": 1, "late": True},
@@ -327,7 +332,9 @@ class TestHostileStates:
     @pytest.mark.parametrize("name", STATES)
     def test_an_unknown_and_a_missing_key_are_refused_at_any_depth(self, name):
         state = trained(**STATES[name]).state_dict()
-        controller = trained(5, 0, **{key: value for key, value in STATES[name].items() if key in ("rule", "phase")})
+        controller = trained(
+            5, 0, **{key: value for key, value in STATES[name].items() if key in ("rule", "consecutive")}
+        )
         before = text(controller)
         for at, original in places(state):
             if isinstance(original, dict):

@@ -166,7 +166,11 @@ def test_validation_within_windows_and_limited_epochs_change_nothing(tmp_path: P
 def test_a_closed_loop_moves(tmp_path: Path, ghost: bool) -> None:
     x = examples(512)
     accumulation = AdaptiveAccumulation(
-        rule=RelativeStandardError(theta=0.2), limits=Limits(max_steps=16), ghost=ghost, population=512, phase=True
+        rule=RelativeStandardError(theta=0.2),
+        limits=Limits(max_steps=16),
+        ghost=ghost,
+        population=512,
+        consecutive=True,
     )
     module = Validated()
     fit = trainer(tmp_path, accumulation, max_epochs=4, val_check_interval=50)
@@ -312,7 +316,7 @@ def test_loss_scaling_changes_neither_parameters_nor_numbers(tmp_path: Path) -> 
     for scaled in (False, True):
         plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
         plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
-        accumulation, module = AdaptiveAccumulation(rule=Replay([2, 3, 1, 4]), phase=True), Net(torch.float32)
+        accumulation, module = AdaptiveAccumulation(rule=Replay([2, 3, 1, 4]), consecutive=True), Net(torch.float32)
         options = {"plugins": [plugin]} if scaled else {}
         trainer(tmp_path, accumulation, gradient_clip_val=0.5, **options).fit(module, loader(x))
         rows.append(accumulation.controller.history.to_pandas().drop(columns="wall_seconds"))

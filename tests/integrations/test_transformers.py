@@ -161,7 +161,7 @@ def test_a_budget_of_micro_batches_is_used_up_and_the_schedule_ends_with_it(
 @pytest.mark.parametrize("ghost", [False, True])
 def test_a_closed_loop_moves(tmp_path: Path, ghost: bool) -> None:
     own = {"rule": RelativeStandardError(theta=0.2), "limits": Limits(max_steps=16), "ghost": ghost}
-    own |= {"population": 512, "phase": True}
+    own |= {"population": 512, "consecutive": True}
     x = examples(512)
     training = trainer(tmp_path, Regression(), x, own=own, num_train_epochs=4, eval_strategy="steps", eval_steps=20)
     training.train()

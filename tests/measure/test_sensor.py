@@ -153,7 +153,7 @@ class TestMetric:
         data = batches([4, 4] * 40)
         model = small_model()
         make = lambda m: ab.BatchController(  # noqa: E731
-            m, torch.optim.Adam(m.parameters(), betas=(0.9, 0.99)), metric="adam", rule=ab.Fixed(2), phase=False
+            m, torch.optim.Adam(m.parameters(), betas=(0.9, 0.99)), metric="adam", rule=ab.Fixed(2), consecutive=False
         )
         controller = make(model)
         run(controller, data[:40])
@@ -233,7 +233,7 @@ class TestPhase:
     def test_products_of_consecutive_gradients(self):
         model = small_model()
         controller = ab.BatchController(
-            model, torch.optim.SGD(model.parameters(), lr=0.05), rule=ab.Fixed(2), phase=True
+            model, torch.optim.SGD(model.parameters(), lr=0.05), rule=ab.Fixed(2), consecutive=True
         )
         data, gradients = batches([4, 6] * 5), []
         for t in range(5):
@@ -257,14 +257,14 @@ class TestPhase:
         """A quadratic bowl of curvature 1: far out at a tiny rate, or jittering about the minimum at rate 1."""
         theta = nn.Parameter(torch.full((20,), 100.0 if sign > 0 else 0.0, dtype=torch.float64))
         model = nn.ParameterList([theta])
-        controller = ab.BatchController(model, torch.optim.SGD([theta], lr=rate), rule=ab.Fixed(2), phase=True)
+        controller = ab.BatchController(model, torch.optim.SGD([theta], lr=rate), rule=ab.Fixed(2), consecutive=True)
         generator = torch.Generator().manual_seed(0)
         for _ in range(200):
             for _ in range(2):
                 target = torch.randn(4, 20, generator=generator, dtype=torch.float64)
                 controller.backward(0.5 * (theta - target).square().sum(dim=-1).mean(), weight=4)
             controller.step()
-        assert sign * controller._state.evidence().response.phase > 5.0
+        assert sign * controller._state.evidence().response.consecutive > 5.0
 
 
 class TestGuard:

@@ -93,7 +93,7 @@ responses = st.builds(
     Response,
     elasticity=perhaps(st.floats(-2, math.inf)),
     least_error_sq=perhaps(st.floats(0, math.inf)),
-    phase=perhaps(st.floats(-10, 10)),
+    consecutive=perhaps(st.floats(-10, 10)),
 )
 
 
@@ -445,7 +445,7 @@ class TestChannels:
         [
             Response(elasticity=0.69, least_error_sq=6.0),
             Response(elasticity=1.0, least_error_sq=1.5),
-            Response(elasticity=1.0, least_error_sq=6.0, phase=-1.9),
+            Response(elasticity=1.0, least_error_sq=6.0, consecutive=-1.9),
             Response(),
         ],
         ids=["B rises by itself", "a size was nearly enough", "the loss falls along G", "nothing known"],
@@ -454,7 +454,7 @@ class TestChannels:
         assert self.at_floor(response, RelativeStandardError(at_floor="hold")) == Decision(8, 5000.0, "growth_limited")
 
     def test_gradients_that_point_back_confirm_the_floor(self):
-        assert self.at_floor(replace(self.floor, phase=-2.1)).reason == "noise_floor"
+        assert self.at_floor(replace(self.floor, consecutive=-2.1)).reason == "noise_floor"
 
     def test_nearly_enough_is_in_units_of_theta(self):
         response = Response(elasticity=1.0, least_error_sq=2.0)

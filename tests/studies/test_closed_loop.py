@@ -110,7 +110,7 @@ class TestFloor:
     def test_gradient_descent_ends_where_it_says(self):
         """``B = FLOOR n``, and ``<g, g'>`` of consecutive gradients is ``-|G|^2``."""
         listener = Listener()
-        closed_loop.simulate(listener, PROFILES["noise floor"], seed=0, examples=1e6, phase=True)
+        closed_loop.simulate(listener, PROFILES["noise floor"], seed=0, examples=1e6, consecutive=True)
         settled = [evidence.window for evidence in listener.heard[1000:]]
         signals = np.array([estimate.estimate_window(window).grad_sq_norm for window in settled])
         products = np.array([window.consecutive_product for window in settled])
@@ -119,23 +119,25 @@ class TestFloor:
             # Windows are not independent: means of blocks are.
             blocks = found[: len(found) // 100 * 100].reshape(-1, 100).mean(axis=1)
             assert abs(blocks.mean() - expected) < 5 * standard_error(blocks)
-        assert listener.heard[-1].response.phase < -2.0
+        assert listener.heard[-1].response.consecutive < -2.0
 
     def test_without_a_floor_consecutive_gradients_agree(self):
         listener = Listener()
-        closed_loop.simulate(listener, PROFILES["constant"], seed=0, examples=1e6, phase=True)
+        closed_loop.simulate(listener, PROFILES["constant"], seed=0, examples=1e6, consecutive=True)
         products = np.array([evidence.window.consecutive_product for evidence in listener.heard[1:]])
         assert abs(products.mean() - 1.0) < 5 * standard_error(products)
-        assert listener.heard[-1].response.phase > 2.0
+        assert listener.heard[-1].response.consecutive > 2.0
 
     def test_the_default_rule_says_so_and_grows(self):
         run = closed_loop.simulate(RULES["CLT"], PROFILES["noise floor"], seed=0)
         assert (run["reason"] == "noise_floor").mean() > 0.05
         assert run["accumulation_steps"].iloc[-1] == LIMITS.max_steps
 
-    @pytest.mark.parametrize("phase", [False, True])
-    def test_holding_is_an_option(self, phase):
-        run = closed_loop.simulate(RULES["CLT, holds at floor"], PROFILES["noise floor"], seed=0, phase=phase)
+    @pytest.mark.parametrize("consecutive", [False, True])
+    def test_holding_is_an_option(self, consecutive):
+        run = closed_loop.simulate(
+            RULES["CLT, holds at floor"], PROFILES["noise floor"], seed=0, consecutive=consecutive
+        )
         assert (run["reason"] == "noise_floor").mean() > 0.9
         assert run["accumulation_steps"].max() <= 16
 
@@ -148,7 +150,7 @@ class TestFloor:
     def test_only_the_phase_tells_a_rise_as_fast_as_the_rule_grows(self):
         """``B`` doubles with every dead time: to the elasticity that is a floor."""
         mimic = Profile("mimic", lambda u: 64 * 2 ** min(max(50 * u - 5, 0), 8))
-        deaf, hears = (closed_loop.simulate(RULES["CLT"], mimic, 0, 1e6, phase) for phase in (False, True))
+        deaf, hears = (closed_loop.simulate(RULES["CLT"], mimic, 0, 1e6, consecutive) for consecutive in (False, True))
         assert (deaf["reason"] == "noise_floor").any()
         assert not (hears["reason"] == "noise_floor").any()
 
