@@ -81,16 +81,17 @@ def overhead(
     """What the controller costs and how right it is: time, memory and host reads against peers, bias of estimates."""
     from studies.questions import overhead as study
     from studies.questions.overhead import accuracy
+    from studies.questions.overhead.contenders import MICRO_BATCH, STEPS, WIDTH
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
         task = bar.add_task("windows, interleaved", total=rounds)
         seconds = study.measure_time(rounds, report=lambda done: bar.update(task, completed=done))
-    seconds = pd.concat([seconds, study.measure_ddp_time(rounds)], ignore_index=True)
+    seconds = pd.concat([seconds, study.measure_ranks_time(rounds)], ignore_index=True)
     times = study.ratios(seconds).merge(study.measure_cost(), how="left")
     bias = accuracy.measure(windows)
     show(
         times,
-        f"one window: {study.STEPS} micro-batches of {study.MICRO_BATCH}, 80 layers of width {study.WIDTH}, one thread",
+        f"one window: {STEPS} micro-batches of {MICRO_BATCH}, 80 layers of width {WIDTH} unless named, one thread",
     )
     reduced = study.all_reduce_seconds().astype({"ranks": str})
     show(reduced, "a window's one all-reduce on paper: 16 doubles, 10 us and 25 GB/s between two ranks")

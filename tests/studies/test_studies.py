@@ -315,7 +315,7 @@ def test_ours_does_the_work_of_the_hand_written_loop(monkeypatch):
     for name in ("hand-written loop", "adaptbatch", "adaptbatch, no checks"):
         net = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False)
         net.load_state_dict(start.state_dict())
-        contenders.available()[name](net)(list(x.split(4)))
+        contenders.available()[name].make(net)(list(x.split(4)))
         ends.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]))
     assert all(torch.equal(end, ends[0]) for end in ends)
     assert not torch.equal(ends[0], torch.cat([p.detach().reshape(-1) for p in start.parameters()]))

@@ -1,8 +1,9 @@
 """What the controller costs: time against the hand-written loop and the peers, memory, and reads by the host.
 
-One window (8 micro-batches of 256, the 80-layer network at width 128) of every contender in turn, in one process, again
-and again; the ratio to the hand-written loop is taken within each round, so that a slow moment of the machine slows
-both. Peers that are not installed are left out (they live in the ``peers`` extra).
+One window (8 micro-batches of 256, the 80-layer network at width 128, unless the row says another) of every contender
+in turn, in one process, again and again; the ratio to the hand-written loop is taken within each round, so that a slow
+moment of the machine slows both. Where one window in four is measured, a round is four windows, and their mean counts.
+Peers that are not installed are left out (they live in the ``peers`` extra).
 """
 
 from __future__ import annotations
@@ -22,11 +23,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from studies import data
-from studies.engine.networks import Autoencoder
-from studies.questions.overhead.contenders import DDP_CONTENDERS, STEPS, available, baseline
+from studies.questions.overhead.contenders import RANKS_CONTENDERS, SETTINGS, Contender, available, baseline
 
-MICRO_BATCH, WIDTH = 256, 128
 NETWORKS = 4
 HOST_READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}
 
@@ -90,18 +88,6 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def micro_batches() -> list[Tensor]:
-    """The window's data, the same for all."""
-    images = torch.from_numpy(data.load("mnist").train_inputs[: STEPS * MICRO_BATCH])
-    return list(images.split(MICRO_BATCH))
-
-
-def network() -> Autoencoder:
-    """The 80-layer network at width 128 throughout."""
-    torch.manual_seed(0)
-    return Autoencoder(depth=80, widths=(WIDTH, WIDTH), code=16, residual="scaled")
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One torch thread, as in the studies."""
@@ -119,41 +105,67 @@ def measure_time(rounds: int, report: Callable[[int], None] = lambda done: None)
     Every contender has several networks and takes them in turn: where a network happens to lie in memory makes a few
     per cent, and must not be counted for or against it.
     """
-    batches, rows = micro_batches(), []
+    rows = []
     with one_thread():
-        windows = {name: [make(network()) for _ in range(NETWORKS)] for name, make in available().items()}
-        for window in (window for several in windows.values() for window in several):
-            window(batches)
-            window(batches)
-        names = list(windows)
+        timers = {name: _Timer(one) for name, one in available().items()}
+        names = list(timers)
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                window = windows[name][turn % NETWORKS]
-                started = time.perf_counter()
-                window(batches)
-                rows.append({"round": turn, "contender": name, "seconds": time.perf_counter() - started})
+                rows.append({"round": turn, "contender": name, "seconds": timers[name].seconds(turn)})
             report(turn + 1)
     return pd.DataFrame(rows)
 
 
-def measure_cost() -> pd.DataFrame:
-    """Host reads and allocated bytes of one window, above the hand-written loop's, for each contender."""
-    batches, counts = micro_batches(), {}
-    with one_thread():
-        for name, make in available().items():
-            window = make(network())
-            # Optimizer state and first-window buffers come with the first window.
+class _Timer:
+    """A contender with its networks, warm."""
+
+    def __init__(self, contender: Contender) -> None:
+        self.setting = SETTINGS[contender.setting]
+        self.batches = self.setting.micro_batches()
+        self.count = contender.windows * -(-self.setting.repeats // contender.windows)
+        self.windows = [contender.make(self.setting.network()) for _ in range(NETWORKS)]
+        for window in self.windows:
+            # Whole turns of those that measure one in several.
+            for _ in range(2 * contender.windows):
+                window(self.batches)
+
+    def seconds(self, turn: int) -> float:
+        """Of one window in the mean."""
+        window, batches = self.windows[turn % NETWORKS], self.batches
+        started = time.perf_counter()
+        for _ in range(self.count):
             window(batches)
-            with HostReads() as reads:
-                window(batches)
-            with Allocations() as memory:
-                window(batches)
-            counts[name] = (reads.count, memory.total, max(memory.large))
+        return (time.perf_counter() - started) / self.count
+
+
+def measure_cost() -> pd.DataFrame:
+    """Host reads and allocated bytes of one window, above its baseline's, for each contender."""
+    counts = {}
+    with one_thread():
+        for name, contender in available().items():
+            counts[name] = _cost(contender)
     rows = []
-    for name, (reads, total, _) in counts.items():
-        base_reads, base_total, _ = counts[baseline(name)]
+    for name, (reads, total) in counts.items():
+        base_reads, base_total = counts[baseline(name)]
         rows.append({"contender": name, "host reads": reads - base_reads, "extra bytes": total - base_total})
     return pd.DataFrame(rows)
+
+
+def _cost(contender: Contender) -> tuple[float, float]:
+    """Host reads and bytes of a window in the mean."""
+    setting = SETTINGS[contender.setting]
+    window, batches = contender.make(setting.network()), setting.micro_batches()
+    turn = range(contender.windows)
+    # Optimizer state and first-window buffers come with the first window.
+    for _ in turn:
+        window(batches)
+    with HostReads() as reads:
+        for _ in turn:
+            window(batches)
+    with Allocations() as memory:
+        for _ in turn:
+            window(batches)
+    return reads.count / contender.windows, memory.total / contender.windows
 
 
 def ratios(seconds: pd.DataFrame) -> pd.DataFrame:
@@ -178,30 +190,26 @@ def ratios(seconds: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measure_ddp_time(rounds: int) -> pd.DataFrame:
-    """The rows of :func:`measure_time` for DistributedDataParallel: two gloo processes, one thread each.
+def measure_ranks_time(rounds: int) -> pd.DataFrame:
+    """The rows of :func:`measure_time` for DDP and FSDP2: two gloo processes, one thread each.
 
     Each rank has the whole window's micro-batches, so that one backward pass is as long as in the other rows.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_ddp_rank, (folder, rounds), nprocs=2)
+        torch.multiprocessing.spawn(_rank, (folder, rounds), nprocs=2)
         return pd.read_parquet(f"{folder}/seconds.parquet")
 
 
-def _ddp_rank(rank: int, folder: str, rounds: int) -> None:
+def _rank(rank: int, folder: str, rounds: int) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
-    batches, rows = micro_batches(), []
+    rows = []
     with one_thread():
-        windows = {name: [make(network()) for _ in range(NETWORKS)] for name, make in DDP_CONTENDERS.items()}
-        for window in (window for several in windows.values() for window in several):
-            window(batches)
-            window(batches)
+        timers = {name: _Timer(one) for name, one in RANKS_CONTENDERS.items()}
+        names = list(timers)
         for turn in range(rounds):
-            for name in list(windows)[:: 1 if turn % 2 else -1]:
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 dist.barrier()
-                started = time.perf_counter()
-                windows[name][turn % NETWORKS](batches)
-                rows.append({"round": turn, "contender": name, "seconds": time.perf_counter() - started})
+                rows.append({"round": turn, "contender": name, "seconds": timers[name].seconds(turn)})
     if rank == 0:
         pd.DataFrame(rows).to_parquet(f"{folder}/seconds.parquet")
     dist.barrier()

@@ -1,4 +1,8 @@
-"""One window of the overhead study, by every way to run it: hand-written, with the controller, with its peers."""
+"""One window of the overhead study, by every way to run it: hand-written, with the controller, with its peers.
+
+On other networks than the 80-layer one three ways are enough. A model of one parameter shows the host's part: nothing
+else takes time there.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,104 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptbatch as ab
+from studies import data
+from studies.engine.language import CharacterModel
 from studies.engine.networks import Autoencoder
 from studies.engine.ranks import Loss
 
 Window = Callable[[Sequence[Tensor]], None]
 LossOf = Callable[[Tensor], Tensor]
 STEPS = 8
+MICRO_BATCH, WIDTH = 256, 128
+#: Of a settled ``listen="auto"``: one window in so many is measured.
+EVERY = 4
+
+
+# --- networks and their data ------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A linear layer of one parameter tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 1, bias=False)
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Mean squared output."""
+        return self.layer(x).square().mean()
+
+
+class Wide(nn.Module):
+    """One hidden layer of 4096, all whose time and memory is in a few large parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 784))
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Mean squared error of the reconstruction."""
+        return (self.layers(x) - x).square().mean()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained in one window.
+
+    Attributes:
+        network: Makes it.
+        micro_batches: Of one window.
+        repeats: Windows that are timed together, where one is too short for a clock.
+    """
+
+    network: Callable[[], Any]
+    micro_batches: Callable[[], list[Tensor]]
+    repeats: int = 1
+
+
+def _deep() -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(depth=80, widths=(WIDTH, WIDTH), code=16, residual="scaled")
+
+
+def _language() -> CharacterModel:
+    torch.manual_seed(0)
+    return CharacterModel(vocabulary=63)
+
+
+def _images(micro_batch: int = MICRO_BATCH) -> list[Tensor]:
+    images = torch.from_numpy(data.load("mnist").train_inputs[: STEPS * micro_batch])
+    return list(images.split(micro_batch))
+
+
+def _noise(steps: int) -> list[Tensor]:
+    return list(torch.randn(steps, 32, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def _characters() -> list[Tensor]:
+    return list(torch.randint(63, (STEPS, 16, 65), generator=torch.Generator().manual_seed(0)))
+
+
+SETTINGS = {
+    "80 layers": Setting(_deep, _images),
+    "one parameter, k = 8": Setting(Small, partial(_noise, 8), repeats=40),
+    "one parameter, k = 2": Setting(Small, partial(_noise, 2), repeats=80),
+    "transformer": Setting(_language, _characters),
+    "wide MLP": Setting(Wide, partial(_images, 32)),
+}
+
+
+# --- loops ------------------------------------------------------------------------------------------------------------
 
 
 def _adam(model: torch.nn.Module) -> torch.optim.Adam:
@@ -60,10 +149,12 @@ def adaptbatch(
     clips: bool = False,
     trained: torch.nn.Module | None = None,
     checked: bool = True,
+    steps: int | None = None,
+    listen: ab.estimate.Listen = 1.0,
     **options: Any,
 ) -> Window:
     """The controller with the CLT rule, held at this window size: everything is measured, tested and recorded."""
-    limits = ab.Limits(min_steps=STEPS, max_steps=STEPS)
+    limits, options["listen"] = ab.Limits(min_steps=steps or STEPS, max_steps=steps or STEPS), listen
     rule, optimizer, loss = ab.RelativeStandardError(), optimizer or _adam(model), loss or model.loss
     controller = ab.BatchController(trained or model, optimizer, rule=rule, limits=limits, **options)
     if not checked:
@@ -99,19 +190,24 @@ def adaptbatch_unchecked(model: Autoencoder) -> Window:
     return adaptbatch(model, checked=False)
 
 
-def adaptbatch_ghost(model: Autoencoder) -> Window:
+def adaptbatch_ghost(model: Autoencoder, **options: Any) -> Window:
     """The same, every example measured on its own."""
-    return adaptbatch(model, ghost=True)
+    return adaptbatch(model, ghost=True, **options)
 
 
-def adaptbatch_metric(model: Autoencoder) -> Window:
+def adaptbatch_metric(model: Autoencoder, **options: Any) -> Window:
     """The same, in Adam's metric too, which is warm after ten steps at this ``beta2``."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
     for _ in range(10):
         model.loss(torch.rand(2, 784)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return adaptbatch(model, optimizer, metric="adam")
+    return adaptbatch(model, optimizer, metric="adam", **options)
+
+
+def listens_less(model: Any, make: Callable[..., Window] | None = None, **options: Any) -> Window:
+    """The controller as it is once the noise scale is known: one window in :data:`EVERY` is measured."""
+    return (make or adaptbatch)(model, listen=1.0 / EVERY, **options)
 
 
 def clip(model: Autoencoder) -> Tensor:
@@ -181,10 +277,37 @@ def ddp_loop(model: Autoencoder) -> Window:
     return window
 
 
-def adaptbatch_ddp(model: Autoencoder) -> Window:
+def adaptbatch_ddp(model: Autoencoder, **options: Any) -> Window:
     """The controller with the same."""
     trained = DistributedDataParallel(Loss(model))
-    return adaptbatch(model, loss=trained, trained=trained)
+    return adaptbatch(model, loss=trained, trained=trained, **options)
+
+
+def _sharded(model: Autoencoder) -> Loss:
+    trained = Loss(model)
+    fully_shard(trained)
+    return trained
+
+
+def fsdp_loop(model: Autoencoder) -> Window:
+    """The loop with FSDP2, gradients reduced in the last micro-batch."""
+    trained = _sharded(model)
+    optimizer = _adam(trained)
+
+    def window(batches: Sequence[Tensor]) -> None:
+        for index, x in enumerate(batches):
+            trained.set_requires_gradient_sync(index == len(batches) - 1)
+            (trained(x) / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return window
+
+
+def adaptbatch_fsdp(model: Autoencoder, **options: Any) -> Window:
+    """The controller with the same."""
+    trained = _sharded(model)
+    return adaptbatch(model, _adam(trained), loss=trained, trained=trained, **options)
 
 
 def fairscale_adascale(model: Autoencoder) -> Window:
@@ -224,48 +347,80 @@ def gqc_noise_scale(model: Autoencoder) -> Window:
     return _gqc(model, "OptimizerWrapperGNS", "noise_tolerance")
 
 
-CONTENDERS: dict[str, tuple[Callable[[Autoencoder], Window], str | None]] = {
-    "hand-written loop": (hand_written, None),
-    "empty hooks": (empty_hooks, None),
-    "adaptbatch": (adaptbatch, None),
-    "adaptbatch, no checks": (adaptbatch_unchecked, None),
-    "adaptbatch, ghost norms": (adaptbatch_ghost, None),
-    "adaptbatch, Adam's metric": (adaptbatch_metric, None),
-    "loop with clipping": (clipping, None),
-    "adaptbatch, clipping": (adaptbatch_clipping, None),
-    "loop with AMP": (amp, None),
-    "adaptbatch, AMP": (adaptbatch_amp, None),
-    "compiled loop": (compiled, None),
-    "adaptbatch, compiled": (adaptbatch_compiled, None),
-    "fairscale AdaScale": (fairscale_adascale, "fairscale"),
-    "torch-gqc GNTS": (gqc_norm_threshold, "gradient_quality_control"),
-    "torch-gqc GNS": (gqc_noise_scale, "gradient_quality_control"),
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a window.
+
+    Attributes:
+        make: Of the network.
+        baseline: The row it is compared with.
+        module: That must be installed.
+        setting: Of :data:`SETTINGS`.
+        windows: That it takes in a round: all that differ.
+    """
+
+    make: Callable[[Any], Window]
+    baseline: str = "hand-written loop"
+    module: str | None = None
+    setting: str = "80 layers"
+    windows: int = 1
+
+
+def _less(make: Callable[..., Window], baseline: str = "hand-written loop", setting: str = "80 layers") -> Contender:
+    return Contender(partial(listens_less, make=make), baseline, setting=setting, windows=EVERY)
+
+
+def _elsewhere(setting: str) -> dict[str, Contender]:
+    """The loop, and the controller listening to all windows and to few, on another network."""
+    loop = f"loop, {setting}"
+    ours = partial(adaptbatch, steps=len(SETTINGS[setting].micro_batches()))
+    return {
+        loop: Contender(hand_written, loop, setting=setting),
+        f"adaptbatch, {setting}": Contender(ours, loop, setting=setting),
+        f"adaptbatch, one window in four, {setting}": _less(ours, loop, setting),
+    }
+
+
+CONTENDERS = {
+    "hand-written loop": Contender(hand_written),
+    "empty hooks": Contender(empty_hooks),
+    "adaptbatch": Contender(adaptbatch),
+    "adaptbatch, one window in four": _less(adaptbatch),
+    # Of the controller without its checks the ratio falls short of one by what they cost.
+    "adaptbatch, no checks": Contender(adaptbatch_unchecked, "adaptbatch"),
+    "adaptbatch, ghost norms": Contender(adaptbatch_ghost),
+    "adaptbatch, ghost norms, one window in four": _less(adaptbatch_ghost),
+    "adaptbatch, Adam's metric": Contender(adaptbatch_metric),
+    "adaptbatch, Adam's metric, one window in four": _less(adaptbatch_metric),
+    "loop with clipping": Contender(clipping),
+    "adaptbatch, clipping": Contender(adaptbatch_clipping, "loop with clipping"),
+    "loop with AMP": Contender(amp),
+    "adaptbatch, AMP": Contender(adaptbatch_amp, "loop with AMP"),
+    "compiled loop": Contender(compiled),
+    "adaptbatch, compiled": Contender(adaptbatch_compiled, "compiled loop"),
+    "fairscale AdaScale": Contender(fairscale_adascale, module="fairscale"),
+    "torch-gqc GNTS": Contender(gqc_norm_threshold, module="gradient_quality_control"),
+    "torch-gqc GNS": Contender(gqc_noise_scale, module="gradient_quality_control"),
+    **{name: one for setting in SETTINGS if setting != "80 layers" for name, one in _elsewhere(setting).items()},
 }
 
 # Each rank's, in processes of their own.
-DDP_CONTENDERS: dict[str, Callable[[Autoencoder], Window]] = {
-    "loop with DDP": ddp_loop,
-    "adaptbatch, DDP": adaptbatch_ddp,
-}
-
-# What a contender is compared with; the hand-written loop if it is not here. Of the controller without its checks the
-# ratio falls short of one by what they cost.
-BASELINES = {
-    "adaptbatch, no checks": "adaptbatch",
-    "adaptbatch, clipping": "loop with clipping",
-    "adaptbatch, AMP": "loop with AMP",
-    "adaptbatch, compiled": "compiled loop",
-    "adaptbatch, DDP": "loop with DDP",
-    # Measured in processes of its own.
-    "loop with DDP": "loop with DDP",
+RANKS_CONTENDERS = {
+    "loop with DDP": Contender(ddp_loop, "loop with DDP"),
+    "adaptbatch, DDP": Contender(adaptbatch_ddp, "loop with DDP"),
+    "adaptbatch, DDP, one window in four": _less(adaptbatch_ddp, "loop with DDP"),
+    "loop with FSDP2": Contender(fsdp_loop, "loop with FSDP2"),
+    "adaptbatch, FSDP2": Contender(adaptbatch_fsdp, "loop with FSDP2"),
+    "adaptbatch, FSDP2, one window in four": _less(adaptbatch_fsdp, "loop with FSDP2"),
 }
 
 
 def baseline(contender: str) -> str:
-    """The loop without a controller that ``contender`` is compared with."""
-    return BASELINES.get(contender, "hand-written loop")
+    """The row that ``contender`` is compared with."""
+    known = (CONTENDERS | RANKS_CONTENDERS).get(contender)
+    return "hand-written loop" if known is None else known.baseline
 
 
-def available() -> dict[str, Callable[[Autoencoder], Window]]:
+def available() -> dict[str, Contender]:
     """The contenders whose package is installed."""
-    return {name: make for name, (make, module) in CONTENDERS.items() if not module or importlib.util.find_spec(module)}
+    return {name: one for name, one in CONTENDERS.items() if not one.module or importlib.util.find_spec(one.module)}
