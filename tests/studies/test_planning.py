@@ -133,6 +133,13 @@ def test_the_plan_of_the_main_job_is_drawn_from_its_rows(tmp_path: Path):
     assert imread(tmp_path / "plan.png").std() > 0.05
 
 
+def test_seconds_that_tell_nothing_are_no_picture(tmp_path: Path):
+    rows = pd.read_parquet(RESULTS / "quick" / "results.parquet")
+    rows["wall_seconds"] = np.arange(len(rows), dtype=float)
+    with pytest.raises(ValueError, match="do not follow its size clearly enough"):
+        quick_plan(rows, tmp_path / "plan.png", *quick.PLANNED)
+
+
 def test_the_other_studies_own_sweeps_are_waited_for(tmp_path: Path):
     assert planning.plan(Options("laptop"), Found(tmp_path)) == []
 
