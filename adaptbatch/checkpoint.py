@@ -67,10 +67,14 @@ def _require_sums(name: str, window: Mapping[str, Any], sensor: Mapping[str, Any
     if ("batch" in sums) != due:
         expected = f"hold 'batch' where {name}['window']['due'] is True, and only there"
         refuse(f"{name}['sensor']['sums']", expected, sorted(sums))
-    if ("weighted" in sums) != listens:
-        expected = f"hold 'weighted' where {name}['loop']['progress']['listens'] is True, and only there"
+    if "weighted" in sums and not listens:
+        expected = f"hold no 'weighted' where {name}['loop']['progress']['listens'] is False"
         refuse(f"{name}['sensor']['sums']", expected, sorted(sums))
-    needed = {"loss_sum"} | ({"metric_batch"} if due and "metric_weighted" in sums else set())
+    needed = (
+        {"loss_sum"}
+        | ({"weighted"} if listens else set())
+        | ({"metric_batch"} if due and "metric_weighted" in sums else set())
+    )
     require_keys(f"{name}['sensor']['sums']", sums, needed | sums.keys())
     if sensor["cells"] < window["micro_batches"]:
         expected = f"be at least {name}['window']['micro_batches'] = {window['micro_batches']!r}"

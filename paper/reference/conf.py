@@ -9,7 +9,11 @@ author = "The adaptbatch authors"
 project_copyright = author
 version = release = adaptbatch.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "paper.reference.results"]
+extensions = [
+    *("sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"),
+    *("paper.reference.mathml", "paper.reference.results"),
+]
+html_math_renderer = "mathml"
 default_role = "literal"
 
 # Overridden hooks of a trainer say nothing that is not in its own manual.

@@ -119,6 +119,16 @@ def schedule(table: pd.DataFrame) -> dict[str, list[int]]:
     return {"k": k[starts].tolist(), "windows": np.diff(starts, append=len(k)).tolist()}
 
 
+def recorded_steps(row: Mapping[str, Any]) -> np.ndarray:
+    """The accumulation steps of every window of a finished run, from its row.
+
+    Example:
+        >>> recorded_steps({"schedule_k": [2, 3], "schedule_windows": [2, 1]}).tolist()
+        [2, 2, 3]
+    """
+    return np.repeat(row["schedule_k"], row["schedule_windows"]).astype(int)
+
+
 def settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings, in columns: those of the task, and ``arm_`` those in which its arm is not plain."""
     task = {f"task_{name}": value for name, value in identity["task"].items()}

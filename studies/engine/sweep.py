@@ -25,6 +25,7 @@ from studies.engine.runner import RUNS, Run
 SHARED = "shared"
 # Of a study that takes hours, its rows can be read and kept while it runs.
 SAVE_SECONDS = 300.0
+TUNING_SEEDS = (1000, 1001, 1002)
 Preset = Literal["smoke", "laptop", "paper"]
 Cluster = Literal["none", "local", "slurm"]
 Row = Mapping[str, Any]
@@ -43,6 +44,27 @@ class Options:
     preset: Preset = "laptop"
     seeds: int | None = None
     data: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of a preset, for studies of autoencoders.
+
+    Attributes:
+        examples: Of a run.
+        widths: Hidden and latent.
+        layers: Of the network.
+        seeds: Of the reported runs.
+        tuning_seeds: Of the trials, which are never reported.
+        home: The data set on which arms are tuned.
+    """
+
+    examples: int
+    widths: tuple[int, int]
+    layers: int
+    seeds: int
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    home: str = "mnist"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,22 @@ from studies.output.fronts import Frontier
 from studies.output.style import KINDS, STYLE, save, short
 
 LIVE, STILL = KINDS["adaptive"][0], KINDS["other"][0]
+
+
+def figure_of(tables: Callable[[Path], Mapping[str, pd.DataFrame]], task: Sequence[str]) -> Callable[[Path], None]:
+    """:func:`draw_fronts` of a study's folder; nothing before a task has a frontier.
+
+    Args:
+        tables: Of a folder, among them ``arms``.
+        task: Columns that tell tasks apart.
+    """
+
+    def draw(folder: Path) -> None:
+        arms = tables(folder).get("arms")
+        if arms is not None:
+            draw_fronts(arms, task, folder)
+
+    return draw
 
 
 def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path) -> None:

@@ -159,6 +159,23 @@ def compare_tasks(final: pd.DataFrame, task: Sequence[str], against: str | None 
     return table[[*task, *(name for name in table if name not in task)]]
 
 
+def tuned_rates(tried: pd.DataFrame, task: Sequence[str]) -> pd.DataFrame:
+    """The best rate of each task's methods, and whether it stands at an end of the range.
+
+    Args:
+        tried: Rows of the trials.
+        task: Columns that tell tasks apart.
+    """
+    names = [*task, "method"]
+    rows = []
+    for values, own in tried.groupby(names, sort=False):
+        means = own.groupby("lr")["final"].mean()
+        best = float(means.idxmin())
+        row = dict(zip(names, values, strict=True)) | {"lr": best, "final": means.min()}
+        rows.append(row | {"trials": len(means), "edge": best in (means.index.min(), means.index.max())})
+    return pd.DataFrame(rows)
+
+
 def claim_row(
     claim: str, what: str, where: str, found: Interval, bound: float = 1.0, arm: Mapping[str, Any] | None = None
 ) -> dict[str, object]:
@@ -167,6 +184,11 @@ def claim_row(
     live = "" if arm is None else f"{arm['live']:.0f} of {arm['seeds']:.0f}"
     tested = arm is None or arm["live"] > arm["seeds"] / 2
     return row | {"interval": found.kind, "live": live, "verdict": found.below(bound) if tested else "undecided"}
+
+
+def bootstrapped(row: Mapping[str, Any], name: str) -> Interval:
+    """A quantity of a table's row, with the interval that :func:`compare` gave it."""
+    return Interval(*(float(row[f"{name}{end}"]) for end in ("", " low", " high")), "bootstrap")
 
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 import adaptbatch as ab
 from adaptbatch.planning.advice import Plan
+from adaptbatch.planning.curves import measured_seconds
 from studies.output.style import KINDS, STYLE, save, short
 
 FORETOLD, CALIBRATED = KINDS["adaptive"][0], KINDS["other"][0]
@@ -172,10 +173,15 @@ def quick_plan(results: pd.DataFrame, path: Path, adaptive: str, fixed: str) -> 
         path: PNG to write.
         adaptive: The arm that is planned from: its windows of several sizes tell a step's seconds from an example's.
         fixed: Another, whose noise scale is measured at another batch.
+
+    Raises:
+        ValueError: If the run is too short to be planned from, or its seconds too uneven, as on a busy machine.
     """
     runs = {arm: results[results["arm"] == arm].reset_index(drop=True) for arm in (adaptive, fixed)}
     plans = [ab.plan(runs[adaptive], LISTED, count, micro_batch=1.0, seconds_per_sync=SYNC) for count in SIDE]
     other = ab.plan(runs[fixed], LISTED)
+    # A plan goes without seconds where they cannot be told; this picture is of them.
+    measured_seconds(runs[adaptive])
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3), layout="constrained")
         _foretold(left, plans[0], other, {adaptive: runs[adaptive], fixed: runs[fixed]})

@@ -12,6 +12,8 @@ import pandas as pd
 from studies.engine.analysis import summary
 from studies.engine.provenance import caption, warn
 from studies.engine.results import RESULTS
+from studies.output.markdown import Cell, interval, known, markdown, spread, table
+from studies.output.trust import calibration_section, loop_section, overhead_section
 from studies.output.verdicts import VERDICTS, counted
 
 ROOT = Path(__file__).parents[2]
@@ -30,14 +32,6 @@ def fill(text: str, page: str = "README.md") -> str:
         body = SECTIONS[name]()
         text = pattern.sub(lambda found, body=body: found[1] + body + "\n" + found[2], text)
     return text
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """A Markdown table, first column to the left, the others to the right."""
-    names = list(rows[0])
-    cells = [[row[name].replace("|", r"\|") for name in names] for row in rows]
-    lines = [names, ["---"] + ["---:"] * (len(names) - 1), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def short_section() -> str:
@@ -60,7 +54,7 @@ def short_section() -> str:
         f"{loop['reversals'].max():.1f} reversals a run ({_said('closed-loop')}).",
         f"On one CPU thread measuring takes {cost['ratio'] - 1:.1%} more time a step ({cost['ratio low'] - 1:.1%} to "
         f"{cost['ratio high'] - 1:.1%}; {_said('overhead')}), and the nominal 95 % interval covers the truth in "
-        f"{_range(alone['coverage'])} of the cases ({_said('calibration')}).",
+        f"{spread(alone['coverage'])} of the cases ({_said('calibration')}).",
     ]
     return "\n".join(f"* {sentence}" for sentence in sentences)
 
@@ -74,25 +68,22 @@ def _said(study: str) -> str:
 def quick_section() -> str:
     """The summary of the quick study."""
     results = pd.read_parquet(RESULTS / "quick" / "results.parquet")
-    rows = [
-        {
-            "arm": row["arm"],
-            "final validation loss": f"{row['final']:.1f}",
-            "best": f"{row['best']:.1f}",
-            "examples": f"{row['examples']:,.0f}",
-            "updates": f"{row['updates']:,.0f}",
-            "mean batch": f"{row['mean n']:,.0f}",
-            "loss spikes": f"{row['spikes']:.0f}",
-            "steps at limits": f"{row['limits']:.0%}" if row["limits"] else "-",
-            "seconds": f"{row['wall s']:.0f}",
-        }
-        for _, row in summary(results).iterrows()
-    ]
+    cells: dict[str, Cell] = {
+        "arm": "{arm}",
+        "final validation loss": "{final:.1f}",
+        "best": "{best:.1f}",
+        "examples": "{examples:,.0f}",
+        "updates": "{updates:,.0f}",
+        "mean batch": "{mean n:,.0f}",
+        "loss spikes": "{spikes:.0f}",
+        "steps at limits": lambda row: f"{row['limits']:.0%}" if row["limits"] else "-",
+        "seconds": "{wall s:.0f}",
+    }
     run = results[results["arm"] == "adaptive"]
     first, last = run.iloc[len(run) // 4], run.iloc[-1]
     size = run["global_batch"].iloc[0] / run["accumulation_steps"].iloc[0]
     return (
-        f"{markdown(rows)}\n\n"
+        f"{table(summary(results), cells)}\n\n"
         f"One seed, {len(results):,} optimizer steps in `studies/results/quick/results.parquet`. The adaptive arm "
         f"measured a noise scale of {_scale(first)} examples after {first['examples_seen']:,.0f} examples and "
         f"{_scale(last)} at the end (95 % intervals), and went from {run['accumulation_steps'].iloc[0]} to "
@@ -131,22 +122,20 @@ def _verdicts(study: str) -> list[dict[str, str]]:
 def studies_section() -> str:
     """Every arm of the comparison at home."""
     arms = pd.read_parquet(RESULTS / "comparison" / "arms.parquet")
-    home = arms[arms["data"] == "mnist"]
-    ends = [
-        {
-            "network": row["network"],
-            "arm": row["arm"],
-            "final loss": f"{row['final']:.1f}",
-            "of the best fixed (95 %)": f"{_ratio(row['of best fixed'])} ({_ratio(row['of best fixed low'])} to "
-            f"{_ratio(row['of best fixed high'])})",
-            "diverged": f"{row['diverged']:.0f} of {row['seeds']:.0f}",
-            "spikes": f"{row['spikes']:.1f}",
-            "mean batch": f"{row['mean n']:,.0f}",
-            "AUROC": f"{row['auroc']:.3f}",
-        }
-        for _, row in home.iterrows()
-    ]
-    return f"The comparison's arms on MNIST, each at the rate that its trials chose:\n\n{markdown(ends)}"
+    cells: dict[str, Cell] = {
+        "network": "{network}",
+        "arm": "{arm}",
+        "final loss": "{final:.1f}",
+        "of the best fixed (95 %)": lambda row: "{} ({} to {})".format(
+            *(_ratio(row[f"of best fixed{end}"]) for end in ("", " low", " high"))
+        ),
+        "diverged": "{diverged:.0f} of {seeds:.0f}",
+        "spikes": "{spikes:.1f}",
+        "mean batch": "{mean n:,.0f}",
+        "AUROC": "{auroc:.3f}",
+    }
+    ends = table(arms[arms["data"] == "mnist"], cells)
+    return f"The comparison's arms on MNIST, each at the rate that its trials chose:\n\n{ends}"
 
 
 def _where_it_helps(arms: pd.DataFrame, runs: int) -> list[str]:
@@ -191,33 +180,26 @@ def _what_it_saves() -> str:
 def live_section() -> str:
     """Every arm against the frontier, and the claims."""
     arms = pd.read_parquet(RESULTS / "live" / "arms.parquet")
-    ends = [
-        {
-            "network, data, rate": f"{row['network']}, {row['data']}, {row['rate']}",
-            "arm": row["arm"],
-            "updates": f"{row['updates']:,.0f}",
-            "test loss": f"{row['loss']:.2f}",
-            "updates, of a fixed batch of that loss (95 %)": _interval(row, "updates ratio"),
-            "loss, of a fixed batch of these updates (95 %)": _interval(row, "loss ratio"),
-            "live": f"{row['live']:.0f} of {row['seeds']:.0f}",
-            "rate": f"{row['lr']:.2g}",
-            "mean batch": f"{row['mean n']:,.0f}",
-            "AUROC": f"{row['auroc']:.3f}",
-        }
-        for _, row in arms.iterrows()
-    ]
     claims = pd.read_parquet(RESULTS / "live" / "claims.parquet")
-    said = [
-        {"claim": f"{row['claim']}: {row['what']}", "where": row["where"], "value (95 %)": _interval(row, "value")}
-        | {"verdict": row["verdict"]}
-        for _, row in claims.iterrows()
-    ]
-    return f"{_what_it_saves()}\n\n{markdown(ends)}\n\n{markdown(said)}"
-
-
-def _interval(row: pd.Series, name: str) -> str:
-    low, high = ("low", "high") if name == "value" else (f"{name} low", f"{name} high")
-    return f"{row[name]:.3f} ({row[low]:.3f} to {row[high]:.3f})"
+    ends = {
+        "network, data, rate": "{network}, {data}, {rate}",
+        "arm": "{arm}",
+        "updates": "{updates:,.0f}",
+        "test loss": "{loss:.2f}",
+        "updates, of a fixed batch of that loss (95 %)": interval("updates ratio"),
+        "loss, of a fixed batch of these updates (95 %)": interval("loss ratio"),
+        "live": "{live:.0f} of {seeds:.0f}",
+        "rate": "{lr:.2g}",
+        "mean batch": "{mean n:,.0f}",
+        "AUROC": "{auroc:.3f}",
+    }
+    said = {
+        "claim": "{claim}: {what}",
+        "where": "{where}",
+        "value (95 %)": "{value:.3f} ({low:.3f} to {high:.3f})",
+        "verdict": "{verdict}",
+    }
+    return f"{_what_it_saves()}\n\n{table(arms, ends)}\n\n{table(claims, said)}"
 
 
 def _ratio(value: float) -> str:
@@ -228,55 +210,31 @@ def _scale(row: pd.Series) -> str:
     return f"{row['noise_scale']:.0f} ({row['noise_scale_low']:.0f} to {row['noise_scale_high']:.0f})"
 
 
-def loop_section() -> str:
-    """How the default rule follows a noise scale that is known."""
-    every = pd.read_parquet(RESULTS / "closed-loop" / "table.parquet")
-    table = every[every["rule"] == "CLT"]
-    rows = [
-        {
-            "true noise scale": row["profile"],
-            "switches": f"{row['switches']:.1f}",
-            "reversals": f"{row['reversals']:.1f}",
-            "rms log error of k": f"{row['rms log error']:.2f}",
-            "says noise_floor": f"{row['noise floor']:.0%}",
-            "says guard": f"{row['guard']:.0%}",
-        }
-        for _, row in table.iterrows()
-    ]
-    rms = every.set_index(["rule", "profile"])["rms log error"]
-    hard = "ramp x32, catastrophes"
-    return (
-        f"{markdown(rows)}\n\nWhere one window in four hundred has gradients a thousand to ten thousand times longer, "
-        f"the plain moments freeze (rms {rms['CLT, pooled', hard]:.2f} on the ramp) and the typical channel follows "
-        f"(rms {rms['CLT', hard]:.2f}). {caption('closed-loop')}"
-    )
-
-
 def networks_section() -> str:
     """The verdict on the two networks, and what other statistics would have said."""
     verdicts = pd.read_parquet(RESULTS / "two-networks" / "verdict.parquet")
-    rows = [
-        {
-            "network": row["network"],
-            "arm": row["arm"],
-            "final validation loss": f"{row['final']:.1f}",
-            "of the best fixed": f"{row['of best fixed']:.3f}",
-            "paired (95 %)": f"{row['paired']:.3f} ({row['paired low']:.3f} to {row['paired high']:.3f})",
-            "spikes": f"{row['spikes']:.0f}",
-            "mean batch": f"{row['mean n']:,.0f}",
-        }
-        for _, row in verdicts.iterrows()
-    ]
     others = pd.read_parquet(RESULTS / "two-networks" / "designs.parquet")
-    said = [
-        {"network": row["network"], "arm": row["arm"]}
-        | {name: _number(row[name]) for name in ("pooled B", "typical B", "median of means B", "self-normalised t")}
-        | {"top 5 % share": _share(row["top 5 % share"]), "tail index": _number(row["tail index"], ".2f")}
-        | {name: _number(row[name]) for name in ("above 1e2", "above 1e4", "spikes")}
-        for _, row in others.iterrows()
-    ]
-    text = f"{markdown(rows)}\n\n{_found(verdicts)}\n\n{_pilots()}\n\n"
-    return f"{text}What each statistic says of the fixed arms (medians over seeds):\n\n{markdown(said)}"
+    ends = {
+        "network": "{network}",
+        "arm": "{arm}",
+        "final validation loss": "{final:.1f}",
+        "of the best fixed": "{of best fixed:.3f}",
+        "paired (95 %)": interval("paired"),
+        "spikes": "{spikes:.0f}",
+        "mean batch": "{mean n:,.0f}",
+    }
+    said = {
+        "network": "{network}",
+        "arm": "{arm}",
+        **{name: known(name) for name in ("pooled B", "typical B", "median of means B", "self-normalised t")},
+        "top 5 % share": known("top 5 % share", ".0%"),
+        "tail index": known("tail index", ".2f"),
+        **{name: known(name) for name in ("above 1e2", "above 1e4", "spikes")},
+    }
+    return (
+        f"{table(verdicts, ends)}\n\n{_found(verdicts)}\n\n{_pilots()}\n\n"
+        f"What each statistic says of the fixed arms (medians over seeds):\n\n{table(others, said)}"
+    )
 
 
 def _pilots() -> str:
@@ -305,81 +263,6 @@ def _found(verdicts: pd.DataFrame) -> str:
         f"spikes of fixed 256. That {meets} what was asked in "
         f"advance; but it does not show that the rule notices instability: its smallest window on the noisy network, "
         f"two micro-batches of 256, is quiet already, and it stays there."
-    )
-
-
-def _number(value: float, form: str = ",.0f") -> str:
-    return f"{value:{form}}" if math.isfinite(value) else "-"
-
-
-def _share(value: float) -> str:
-    return _number(value, ".0%")
-
-
-def calibration_section() -> str:
-    """Coverage of the intervals, and the error of every estimator."""
-    coverage = pd.read_parquet(RESULTS / "calibration" / "coverage.parquet")
-    error = pd.read_parquet(RESULTS / "calibration" / "error.parquet")
-    signal = coverage["B / n"].map(math.isfinite)
-    lost, alone, chained = coverage[~signal], coverage[signal & (coverage["r"] == 0)], coverage[coverage["r"] > 0]
-    most = error["windows"].max()
-    last = error[error["windows"] == most]
-    equal = last[~last["setting"].str.contains("unequal")]
-    rows = []
-    for name in last["estimator"].unique():
-        own = equal[equal["estimator"] == name].set_index("setting")["rms"]
-        rows.append({"estimator": name} | {setting: _rms(rms) for setting, rms in own.items()})
-    peers = error[~error["estimator"].str.startswith("adaptbatch")]
-    compared = peers["further by"].dropna()
-    closer, finite = int((compared < -2.0).sum()), len(peers) - len(compared)
-    return (
-        f"Over {len(alone)} cases of {alone['runs'].iloc[0]:,} intervals each (B/n of 0.25, 1 and 4; Gaussian and "
-        f"heavy-tailed; 10 to 100 windows) the nominal 95 % interval covers the true noise scale in "
-        f"{_range(alone['coverage'])} of them, {alone['coverage'].mean():.1%} on average; where the errors of "
-        f"consecutive windows are correlated by half, in {_range(chained['coverage'])}. Without any signal it is "
-        f"unbounded in {_range(lost['unbounded'])}.\n\n"
-        f"Root mean square of log(estimate / truth) after {most} windows, on the same gradients:\n\n"
-        f"{markdown(rows)}\n\n"
-        f"In {closer} of {len(compared)} comparisons a peer was closer to the truth than the controller by more than "
-        f"two standard errors; {finite} more, of the weakest signal after few windows, have no comparison: the "
-        f"controller sometimes says there that the noise scale is unbounded, where estimators that clip give a number. "
-        f"`python -m studies calibration` repeats all of it. {caption('calibration')}"
-    )
-
-
-def _range(values: pd.Series) -> str:
-    return f"{values.min():.1%} to {values.max():.1%}"
-
-
-def _rms(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "no estimate"
-
-
-def overhead_section() -> str:
-    """Cost and bias, from the overhead study."""
-    cost = pd.read_parquet(RESULTS / "overhead" / "cost.parquet")
-    bias = pd.read_parquet(RESULTS / "overhead" / "bias.parquet")
-    rows = [
-        {
-            "one window": row["contender"],
-            "time": f"{row['ratio']:.3f}",
-            "95 % interval": f"{row['ratio low']:.3f} to {row['ratio high']:.3f}",
-            "host reads": _number(row["host reads"]),
-            "extra memory allocated": _number(row["extra bytes"] / 1e6, ",.2f")
-            + " MB" * math.isfinite(row["extra bytes"]),
-        }
-        for _, row in cost.iterrows()
-    ]
-    return (
-        f"{markdown(rows)}\n\n"
-        "Median ratio to the hand-written loop, or of the controller with clipping, AMP, a compiled loss or DDP to the "
-        "same loop without it; interleaved in one process on one CPU thread (DDP: two processes): 8 micro-batches of "
-        "256, 80 layers of width 128. Host reads and memory are above the same loop's; memory is the sum of all "
-        "tensors newly allocated in a window.\n\n"
-        "The estimates are unbiased: against the exact per-example covariance of a small network the mean over "
-        f"{bias['windows'].iloc[0]:,} windows is off by at most {bias['bias %'].abs().max():.1f} % "
-        f"and by no more than {bias['bias in SE'].abs().max():.1f} standard errors, with equal and unequal "
-        f"micro-batches. `python -m studies overhead` measures all of this on your machine. {caption('overhead')}"
     )
 
 

@@ -183,6 +183,22 @@ def share(successes: int, count: int) -> Interval:
     return Interval(successes / count, float(bounds.low), float(bounds.high), "Wilson")
 
 
+def scatter(values: pd.Series) -> Interval:
+    """``exp`` of the standard deviation of logarithms, with its chi-squared interval.
+
+    Example:
+        >>> scatter(pd.Series([1.0, 1.0, 1.0])).value
+        1.0
+    """
+    logs = np.log(values[(values > 0.0) & np.isfinite(values)].to_numpy(float))
+    if len(logs) < 2:
+        return Interval(math.nan, math.nan, math.nan, "one value")
+    degrees = len(logs) - 1
+    sd = float(logs.std(ddof=1))
+    low, high = (sd * math.sqrt(degrees / stats.chi2.ppf(p, degrees)) for p in (0.975, 0.025))
+    return Interval(math.exp(sd), math.exp(low), math.exp(min(high, 700.0)), "chi-squared")
+
+
 def to_target(curve: pd.DataFrame, target: float) -> pd.Series:
     """What a run had spent when the mean of its last five evaluations was first at or below ``target``.
 

@@ -51,26 +51,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 import adaptbatch as ab
 from studies.engine.analysis import SPIKE_SKIP
 from studies.engine.arms import Arm, Warmup
 from studies.engine.results import load
 from studies.engine.runner import Run
-from studies.engine.sweep import SHARED, Found, Options, Study, from_runs
+from studies.engine.sweep import SHARED, Found, Options, Scale, Study, from_runs
 from studies.engine.tuning import best_of
+from studies.output.burst_figure import draw_bursts
 from studies.output.fronts import claim_row
 from studies.output.statistics import Interval, iqm, of_seeds, ratio, share, trend
-from studies.output.style import KINDS, STYLE, save
 from studies.questions import comparison
 from studies.questions.comparison import STRESS_KNOBS, STRESS_LR, fixed
 
@@ -85,25 +82,12 @@ MEMORY = 2_000.0
 REFERENCES = (32.0, 64.0, 128.0, 256.0)
 LENGTHS = (5e3, 2e4, 6.4e4, 1.28e5)
 FIRST_SEED = 10
-TUNING_SEEDS = (1000, 1001, 1002)
 RULE, WARMUP = "standard error", "warm-up"
 # Its smallest window: noise is heard between two micro-batches.
 FLOOR = 2 * MICRO_BATCH
 AWAKE_SHARE = 0.5
 SPIKES_SHARE, MARGIN = 0.05, 1.02
 SAME_SHARE, SAME_LOSS = 0.2, 1.05
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of a preset."""
-
-    examples: int
-    widths: tuple[int, int]
-    layers: int
-    seeds: int
-    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
-    home: str = "mnist"
 
 
 SCALES: dict[str, Scale] = {
@@ -325,118 +309,8 @@ def _ends(
 
 def draw(folder: Path) -> None:
     """How often runs burst and where they end, by batch; and one seed, with what the rule did about it."""
-    table = STUDY.tables(folder)["arms"]
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplot_mosaic(
-            [["bursts", "ends"], ["loss", "batch"]], figsize=(9.0, 6.4), layout="constrained"
-        )
-        _bursting(grid["bursts"], table)
-        _ending(grid["ends"], table)
-        _one_seed(grid["loss"], grid["batch"], load(folder.name, curves=True, folder=folder.parent), _worst(folder))
-        save(figure, folder, "figure")
-
-
-LINES = {
-    "examples": ("larger batch, equal examples", "#999999", "-", "o"),
-    "updates": ("larger batch, equal updates", "#009E73", "--", "s"),
-    "rates": ("rate lowered by its root", "#E69F00", ":", "^"),
-}
-
-
-def _line(table: pd.DataFrame, stage: str) -> pd.DataFrame:
-    own = table[table["stage"] == stage]
-    if stage == "rates":
-        start = table[(table["stage"] == "examples") & (table["batch"] == BATCHES[0])]
-        own = pd.concat([start, own])
-    return own.sort_values("batch")
-
-
-def _bursting(axes: Axes, table: pd.DataFrame) -> None:
-    for stage, (name, colour, style, marker) in LINES.items():
-        own = _line(table, stage)
-        count = own["runs with probe spikes" if stage == "updates" else "runs with spikes"]
-        axes.plot(own["batch"], count / own["seeds"], style, color=colour, marker=marker, markersize=5, label=name)
-    lines = axes.get_legend_handles_labels()
-    _rule_points(axes, table, table["runs with spikes"] / table["seeds"])
-    _sizes(axes)
-    axes.set_ylim(-0.03, 1.0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-    axes.set_title("Seeds that spike")
-    axes.legend(*lines, fontsize=7.5)
-
-
-def _ending(axes: Axes, table: pd.DataFrame) -> None:
-    ends = table["final"].where(np.isfinite(table["final"]))
-    for stage in ("examples", "rates"):
-        _, colour, style, marker = LINES[stage]
-        own = _line(table, stage)
-        low, high = (own["final"] - own["final low"]).abs(), (own["final high"] - own["final"]).abs()
-        axes.errorbar(
-            own["batch"],
-            own["final"],
-            [low, high],
-            fmt=style,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            elinewidth=1,
-        )
-    _rule_points(axes, table, ends)
-    _sizes(axes)
-    shown = ends[table["stage"].isin(["examples", "rates", "rules", "tuned"])]
-    axes.set_ylim(0.94 * shown.min(), min(1.06 * shown.max(), 2 * shown.min()))
-    axes.set_title("Final loss (equal examples)")
-    axes.legend(fontsize=7.5)
-
-
-MARKS = {RULE: ("adaptive", "D"), WARMUP: ("other", "v")}
-
-
-def _rule_points(axes: Axes, table: pd.DataFrame, values: pd.Series) -> None:
-    """Rule and warm-up at their mean batch, tuned ones hollow."""
-    for index, row in table[table["stage"].isin(["rules", "tuned"])].iterrows():
-        method = str(row["arm"]).removesuffix(", tuned")
-        kind, marker = MARKS[method]
-        colour = KINDS[kind][0]
-        face = colour if method == row["arm"] else "white"
-        at = (row["mean n"], values[index])  # type: ignore[call-overload]
-        axes.plot(*at, marker, color=colour, mfc=face, markersize=6, zorder=3, label=row["arm"])
-
-
-def _sizes(axes: Axes) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(BATCHES, [f"{n:,}" for n in BATCHES])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("batch, or the one whose rate is taken")
-
-
-def _worst(folder: Path) -> int:
-    """The seed on which the smallest batch spikes most."""
-    runs = load(folder.name, folder=folder.parent)
-    own = runs[(runs["stage"] == "examples") & (runs["batch"] == BATCHES[0])].set_index("seed")["spikes"]
-    return int(own.idxmax())
-
-
-def _one_seed(above: Axes, below: Axes, curves: pd.DataFrame, seed: int) -> None:
-    own = curves[(curves["seed"] == seed) & curves["stage"].isin(["examples", "rules"])]
-    for arm, colour in ((f"fixed {BATCHES[0]}", KINDS["fixed"][0]), (RULE, KINDS["adaptive"][0])):
-        run = own[own["arm"] == arm]
-        above.plot(run["examples_seen"] / 1e3, run["validation_loss"], color=colour, linewidth=1.3, label=arm)
-    above.set_yscale("log")
-    losses = own[own["arm"].isin([f"fixed {BATCHES[0]}", RULE])]["validation_loss"]
-    above.set_ylim(0.9 * losses.min(), min(losses.max(), 40 * losses.min()))
-    above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    above.yaxis.set_minor_formatter(NullFormatter())
-    above.set_title(f"Validation loss, seed {seed}")
-    above.legend(fontsize=7.5)
-    run = own[own["arm"] == RULE]
-    below.step(run["examples_seen"] / 1e3, run["global_batch"], where="pre", color=KINDS["adaptive"][0])
-    below.set_yscale("log", base=2)
-    below.set_ylim(BATCHES[0] / 1.2, BATCHES[-1] * 1.2)
-    below.set_yticks(BATCHES, [f"{n:,}" for n in BATCHES])
-    below.set_title("Batch that the standard error asks for")
-    for axes in (above, below):
-        axes.set_xlabel("training examples (thousands)")
+    runs, curves = load(folder.name, folder=folder.parent), load(folder.name, curves=True, folder=folder.parent)
+    draw_bursts(STUDY.tables(folder)["arms"], runs, curves, RULE, folder)
 
 
 STUDY = Study(

@@ -49,22 +49,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 
 import adaptbatch as ab
+from studies.engine import sweep
 from studies.engine.arms import Arm, Constant, Decay, Schedule, Warmup
 from studies.engine.networks import Residual
+from studies.engine.reduce import recorded_steps
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
 from studies.engine.training import Task
 from studies.engine.tuning import Search
-from studies.output.front_figure import draw_fronts
-from studies.output.fronts import claim_row, compare_tasks
-from studies.output.statistics import Interval, ratio
+from studies.output.front_figure import figure_of
+from studies.output.fronts import bootstrapped, claim_row, compare_tasks, tuned_rates
+from studies.output.statistics import ratio
 from studies.questions import comparison
 
 NAME = "live"
@@ -77,7 +77,6 @@ WARM_BATCHES = (64, 96, 128, 192, 256, 384)
 WARM_RATES = (8e-3, 1.6e-2, 3.2e-2)
 BATCHES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-TUNING_SEEDS = (1000, 1001, 1002)
 PRICES = (4.0 * START, 32.0 * START)
 PRIMARY = "theta 0.7, root"
 
@@ -85,23 +84,17 @@ Rate = Literal["decaying", "constant"]
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Sizes of a preset."""
+class Scale(sweep.Scale):
+    """And which batches and rates are tried."""
 
-    examples: int
-    widths: tuple[int, int]
-    layers: int
-    seeds: int
     batches: tuple[int, ...] = BATCHES
     rates: tuple[float, ...] = RATES
-    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
-    home: str = "mnist"
     warm_batches: tuple[int, ...] = WARM_BATCHES
     warm_rates: tuple[float, ...] = WARM_RATES
 
 
 SCALES: dict[str, Scale] = {
-    "smoke": Scale(2_000, (16, 8), 8, 2, (32, 128, 512), (2e-3, 8e-3), (1000,), "digits", (128,), (8e-3,)),
+    "smoke": Scale(2_000, (16, 8), 8, 2, (1000,), "digits", (32, 128, 512), (2e-3, 8e-3), (128,), (8e-3,)),
     "laptop": Scale(128_000, (64, 16), 80, seeds=8),
     "paper": Scale(10_800_000, (128, 32), 80, seeds=20),
 }
@@ -303,7 +296,7 @@ def _controls(setting: Setting, scale: Scale, rates: dict[int, float], seeds: ra
         recorded = found.get(labelled("final", setting, scale, arm, (seed - 1) % len(seeds)))
         if recorded is None:
             continue
-        k = np.repeat(recorded["schedule_k"], recorded["schedule_windows"]).astype(int)
+        k = recorded_steps(recorded)
         mean = max(1, round(recorded["mean_batch"] / MICRO_BATCH))
         variants = {
             "replay": replace(arm, rule=ab.rules.Replay(tuple(k.tolist()))),
@@ -319,24 +312,13 @@ TASK = ["network", "data", "rate"]
 def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The arms of each task against its frontier, the claims, and what was tuned."""
     tried, final = runs[runs["stage"] == "tune"], runs[runs["stage"] == "final"]
-    found = {"tuning": tuning(tried)}
+    found = {"tuning": tuned_rates(tried, TASK)}
     compared = compare_tasks(final, TASK, against=PRIMARY)
     if len(compared):
         auroc = final.groupby([*TASK, "arm"])["auroc"].mean().rename("auroc")
         found["arms"] = compared.join(auroc, on=[*TASK, "arm"])
         found["claims"] = claims(found["arms"], final)
     return found
-
-
-def tuning(tried: pd.DataFrame) -> pd.DataFrame:
-    """The best rate of each method, and whether it stands at an end of the range."""
-    rows = []
-    for names, own in tried.groupby([*TASK, "method"], sort=False):
-        means = own.groupby("lr")["final"].mean()
-        best = float(means.idxmin())
-        row = dict(zip([*TASK, "method"], names, strict=True)) | {"lr": best, "final": means.min()}
-        rows.append(row | {"trials": len(means), "edge": best in (means.index.min(), means.index.max())})
-    return pd.DataFrame(rows)
 
 
 def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
@@ -352,10 +334,8 @@ def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
             if claim is None:
                 continue
             row = own.loc[arm]
-            bounds = (row[f"updates ratio{end}"] for end in ("", " low", " high"))
-            found = Interval(*map(float, bounds), "bootstrap")
             said = f"updates ratio of {arm} to the frontier is below 1"
-            rows.append(claim_row(claim, said, where, found, arm=row))
+            rows.append(claim_row(claim, said, where, bootstrapped(row, "updates ratio"), arm=row))
         runs = final[(final[TASK] == list(names)).all(axis=1)]
         rows += _annealing(runs, where)
         if home:
@@ -392,17 +372,10 @@ def _feedback(own: pd.DataFrame, where: str) -> list[dict[str, object]]:
     rows = []
     for control in CONTROLS:
         if control in own.index and "over" in own:
-            found = Interval(*(float(own.loc[control, f"over{end}"]) for end in ("", " low", " high")), "bootstrap")
             said = f"updates ratio of {PRIMARY} over that of {control} is below 1"
+            found = bootstrapped(own.loc[control], "over")
             rows.append(claim_row("V5", said, where, found, arm=own.loc[PRIMARY]))
     return rows
-
-
-def draw(folder: Path) -> None:
-    """Every arm against the frontier of its task; nothing before there is one."""
-    table = STUDY.tables(folder).get("arms")
-    if table is not None:
-        draw_fronts(table, TASK, folder)
 
 
 STUDY = Study(
@@ -410,6 +383,6 @@ STUDY = Study(
     "updates at equal examples and equal loss, with a controller that acts",
     plan,
     from_runs(tables),
-    figures=draw,
+    figures=figure_of(from_runs(tables), TASK),
     order=3,
 )

@@ -32,7 +32,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 
@@ -40,10 +39,10 @@ import adaptbatch as ab
 from studies.engine.arms import Arm, Decay, Schedule
 from studies.engine.language import LanguageTask, Order
 from studies.engine.runner import Run
-from studies.engine.sweep import Found, Options, Study, from_runs
+from studies.engine.sweep import TUNING_SEEDS, Found, Options, Study, from_runs
 from studies.engine.tuning import Search, beside
-from studies.output.front_figure import draw_fronts
-from studies.output.fronts import claim_row, compare_tasks
+from studies.output.front_figure import figure_of
+from studies.output.fronts import bootstrapped, claim_row, compare_tasks
 from studies.output.statistics import Interval, ratio
 from studies.questions.live import Method
 
@@ -57,7 +56,6 @@ BATCHES = (256, 512, 1024, 1536, 2048, 3072, 4096, 8192)
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 # Three decades, for the role of the warm-up.
 WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-TUNING_SEEDS = (1000, 1001, 1002)
 PRICES = (4.0 * START, 32.0 * START)
 # Of a budget of one million: the first 50,000 characters.
 EARLY = 0.05
@@ -258,9 +256,8 @@ def claims(table: pd.DataFrame) -> list[dict[str, object]]:
     for row in own.to_dict("records"):
         where = f"{row['order']}-LN, {row['millions']} million"
         for claim, name, bound in (("L1", "updates ratio", 1.0), ("L4", "loss ratio", 1.03)):
-            found = Interval(*(row[f"{name}{end}"] for end in ("", " low", " high")), "bootstrap")
             said = f"{name} of {row['arm']} to the frontier is below {bound:g}"
-            rows.append(claim_row(claim, said, where, found, bound, row))
+            rows.append(claim_row(claim, said, where, bootstrapped(row, name), bound, row))
     for arm in PRIMARY:
         for order, part in own[own["arm"] == arm].groupby("order"):
             by_budget = part.set_index("millions").sort_index()
@@ -322,18 +319,11 @@ def warm_up(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(folder: Path) -> None:
-    """Every arm against the frontier of its task; nothing before there is one."""
-    table = STUDY.tables(folder).get("arms")
-    if table is not None:
-        draw_fronts(table, TASK, folder)
-
-
 STUDY = Study(
     NAME,
     "the same on a character language model, by budget, and the role of the warm-up",
     plan,
     from_runs(tables),
-    figures=draw,
+    figures=figure_of(from_runs(tables), TASK),
     order=4,
 )

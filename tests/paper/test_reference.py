@@ -63,6 +63,22 @@ def test_reading_needs_no_network(built):
     assert not [found for style in styles for found in re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style)]
 
 
+@pytest.mark.parametrize("page", ["index", "manual/batch", "manual/plan", "manual/rules", "manual/history"])
+def test_equations_are_typeset_without_a_script(built, page):
+    path = built.parent / f"{page}.html"
+    assert "<math" in path.read_text()
+    assert r":math:" not in path.read_text()
+    assert not [load for load in Page(path).loads if "mathjax" in load.lower()]
+
+
+def test_an_equation_that_cannot_be_read_ends_the_build(tmp_path, monkeypatch):
+    (tmp_path / "conf.py").write_text('extensions = ["paper.reference.mathml"]\nhtml_math_renderer = "mathml"\n')
+    (tmp_path / "index.rst").write_text("A title\n=======\n\n.. math::\n\n   \\squareroot{n}\n")
+    monkeypatch.setattr(reference, "SOURCE", tmp_path)
+    with pytest.raises(RuntimeError, match=r"index.rst:4: WARNING: no MathML of .*squareroot"):
+        reference.build(tmp_path / "html")
+
+
 def test_the_tables_of_results_are_in_the_manual(built):
     page = (built.parent / "manual" / "trust.html").read_text()
     assert page.count('class="numbers') == 2

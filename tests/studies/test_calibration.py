@@ -1,4 +1,4 @@
-"""questions/calibration.py: draws of known moments, every estimator on gradients whose answer is known by hand."""
+"""questions/calibration: draws of known moments, every estimator on gradients whose answer is known by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from studies.output.figures import calibration_figure
-from studies.questions import calibration as study
+from studies.questions import calibration
+from studies.questions.calibration import coverage, error, estimators
 
 # Two micro-batches of two examples with the gradients (4, 2) and (2, 0): cells' means 3 and 1, their mean 2.
 EXAMPLES = [torch.tensor([[-4.0], [-2.0]]), torch.tensor([[-2.0], [0.0]])]
@@ -30,17 +31,17 @@ BY_HAND = {
 LOST = [torch.tensor([[-3.0], [-3.0]]), torch.tensor([[3.0], [3.0]])]
 
 
-def made(name: str) -> study.Estimator:
-    return study.ESTIMATORS[name][0](study.Location(torch.zeros(1)), [2, 2])
+def made(name: str) -> estimators.Estimator:
+    return estimators.ESTIMATORS[name][0](estimators.Location(torch.zeros(1)), [2, 2])
 
 
 class TestEstimators:
     def test_every_estimator_has_its_answer_by_hand(self):
-        assert BY_HAND.keys() == study.ESTIMATORS.keys()
-        assert study.OURS in study.available()
+        assert BY_HAND.keys() == estimators.ESTIMATORS.keys()
+        assert estimators.OURS in estimators.available()
 
     @pytest.mark.parametrize("windows", [1, 3])
-    @pytest.mark.parametrize("name", study.available())
+    @pytest.mark.parametrize("name", estimators.available())
     def test_on_gradients_known_by_hand(self, name, windows):
         estimator = made(name)
         for _ in range(windows):
@@ -50,7 +51,7 @@ class TestEstimators:
         expected = 2 * np.var(norms, ddof=1) / 5 if name == "torch-gqc GNS" else BY_HAND[name]
         assert estimator.noise_scale() == pytest.approx(expected, rel=1e-5)
 
-    @pytest.mark.parametrize("name", study.available())
+    @pytest.mark.parametrize("name", estimators.available())
     def test_without_a_signal(self, name):
         estimator = made(name)
         estimator.hear(LOST)
@@ -58,7 +59,7 @@ class TestEstimators:
         silent = name in ("gns-pytorch", "torch-gqc GNS")
         assert estimator.noise_scale() == (0.0 if silent else math.inf)
 
-    @pytest.mark.parametrize("name", study.available())
+    @pytest.mark.parametrize("name", estimators.available())
     def test_equal_weights(self, name):
         """The first window counts as much as the last: the order does not matter."""
         found = []
@@ -71,85 +72,89 @@ class TestEstimators:
 
     def test_the_published_memory_of_adaptdl(self):
         """0.999 for each micro-batch: the older of two windows of two weighs 0.998."""
-        estimator = study.AdaptDL(study.Location(torch.zeros(1)), [2, 2], smoothing=0.999)
+        estimator = estimators.AdaptDL(estimators.Location(torch.zeros(1)), [2, 2], smoothing=0.999)
         estimator.hear(EXAMPLES)
         estimator.hear([torch.tensor([[-5.0], [-5.0]])] * 2)
         variance, signal = 0.999**2 * np.array([2.0, 3.0]) + [0.0, 25.0]
         assert estimator.noise_scale() == pytest.approx(2 * variance / signal)
 
     def test_a_setting_draws_its_noise_scale(self):
-        setting, rng = study.SETTINGS[-1], np.random.default_rng(0)
+        setting, rng = error.SETTINGS[-1], np.random.default_rng(0)
         windows = [setting.draw(rng) for _ in range(100)]
         assert [tuple(map(len, window)) for window in windows] == [setting.sizes] * 100
         sq_norms = torch.cat([x for window in windows for x in window]).double().square().sum(dim=1)
-        error = float(sq_norms.std()) / math.sqrt(len(sq_norms))
-        assert float(sq_norms.mean()) == pytest.approx(setting.noise_scale, abs=5 * error)
-        assert float(study.location().theta.detach().square().sum()) == pytest.approx(1.0)
+        spread = float(sq_norms.std()) / math.sqrt(len(sq_norms))
+        assert float(sq_norms.mean()) == pytest.approx(setting.noise_scale, abs=5 * spread)
+        assert float(estimators.location().theta.detach().square().sum()) == pytest.approx(1.0)
 
 
 class TestCoverage:
-    @pytest.mark.parametrize("scales", study.SCALES.values(), ids=study.SCALES)
+    @pytest.mark.parametrize("scales", coverage.SCALES.values(), ids=coverage.SCALES)
     def test_squared_scales_have_mean_one(self, scales):
         drawn = scales(np.random.default_rng(1), (200_000,))
         assert drawn.mean() == pytest.approx(1.0, abs=5 * drawn.std() / math.sqrt(len(drawn)) + 1e-12)
 
     @pytest.mark.parametrize(
-        "case", [study.Case(1.0, "contaminated", cells=8), study.Case(math.inf, cells=2)], ids=repr
+        "case", [coverage.Case(1.0, "contaminated", cells=8), coverage.Case(math.inf, cells=2)], ids=repr
     )
     def test_windows_are_unbiased(self, case):
         lost = math.isinf(case.theta_sq)
-        truths = (study.BATCH, 0.0) if lost else (case.noise_scale, 1.0)
-        for found, truth in zip(study.draw_pairs(np.random.default_rng(2), case, runs=200), truths, strict=True):
+        truths = (coverage.BATCH, 0.0) if lost else (case.noise_scale, 1.0)
+        for found, truth in zip(coverage.draw_pairs(np.random.default_rng(2), case, runs=200), truths, strict=True):
             assert found.shape == (200, case.windows)
             assert found.mean() == pytest.approx(truth, abs=5 * found.std() / math.sqrt(found.size))
 
     def test_correlated_errors_keep_their_variance(self):
         white = np.random.default_rng(3).normal(2.0, 1.0, (500, 40))
-        series = study.correlate(white, mean=2.0, r=0.5) - 2.0
+        series = coverage.correlate(white, mean=2.0, r=0.5) - 2.0
         assert series.var() == pytest.approx(1.0, abs=0.05)
         assert (series[:, 1:] * series[:, :-1]).mean() == pytest.approx(0.5, abs=0.05)
 
     def test_a_row(self):
-        row = study.measure_coverage(study.Case(1.0, windows=12), runs=200)
+        row = coverage.measure_coverage(coverage.Case(1.0, windows=12), runs=200)
         assert row["coverage"] == pytest.approx(0.95, abs=5 * math.sqrt(0.95 * 0.05 / 200))
         assert row["coverage SE"] == pytest.approx(math.sqrt(row["coverage"] * (1 - row["coverage"]) / 200))
-        lost = study.measure_coverage(study.Case(math.inf, windows=12), runs=200)
+        lost = coverage.measure_coverage(coverage.Case(math.inf, windows=12), runs=200)
         assert lost["coverage"] == lost["unbounded"] > 0.9
 
     def test_the_cases_are_those_the_promise_is_about(self):
-        cases = set(study.CASES)
-        assert len(cases) == len(study.CASES)
+        cases = set(coverage.CASES)
+        assert len(cases) == len(coverage.CASES)
         for level in (0.25, 1.0, 4.0, math.inf):
-            assert {study.Case(level, name, cells) for name in study.SCALES for cells in (2, 4, 8)} <= cases
+            assert {coverage.Case(level, name, cells) for name in coverage.SCALES for cells in (2, 4, 8)} <= cases
 
 
 class TestTables:
     def test_a_short_run_has_all_tables_and_a_figure(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(study, "CASES", (study.Case(1.0, windows=5), study.Case(math.inf, windows=5)))
-        monkeypatch.setattr(study, "SETTINGS", (replace(study.SETTINGS[0], sizes=(4, 4)), study.SETTINGS[-1]))
-        tables = study.run(windows=(2, 3), repeats=2, runs=20, workers=1)
-        coverage, error = tables["coverage"], tables["error"]
-        assert list(coverage) == [
+        monkeypatch.setattr(coverage, "CASES", (coverage.Case(1.0, windows=5), coverage.Case(math.inf, windows=5)))
+        monkeypatch.setattr(error, "SETTINGS", (replace(error.SETTINGS[0], sizes=(4, 4)), error.SETTINGS[-1]))
+        tables = calibration.run(windows=(2, 3), repeats=2, runs=20, workers=1)
+        covered, errors = tables["coverage"], tables["error"]
+        assert list(covered) == [
             *("B / n", "examples", "cells", "windows", "half-life", "r", "runs"),
             *("coverage", "coverage SE", "unbounded"),
         ]
-        assert list(error) == [
+        assert list(errors) == [
             *("setting", "windows", "estimator", "repeats"),
             *("bias", "bias SE", "rms", "rms SE", "infinite", "further by", "note"),
         ]
-        assert len(coverage) == 2
-        assert len(error) == 2 * 2 * len(study.available())
-        calibration_figure(coverage, error, tmp_path / "figure.png")
+        assert len(covered) == 2
+        assert len(errors) == 2 * 2 * len(estimators.available())
+        calibration_figure(covered, errors, tmp_path / "figure.png")
         assert (tmp_path / "figure.png").stat().st_size > 10_000
 
     def test_errors_are_summarised_with_their_standard_errors(self):
-        logs = {study.OURS: [0.1, -0.1, 0.3], "gns-pytorch": [0.5, 0.7, 0.9], "torch-gqc GNS": [0.2, 0.2, math.inf]}
+        logs = {
+            estimators.OURS: [0.1, -0.1, 0.3],
+            "gns-pytorch": [0.5, 0.7, 0.9],
+            "torch-gqc GNS": [0.2, 0.2, math.inf],
+        }
         rows = [
             {"setting": "s", "windows": 9, "estimator": name, "repeat": repeat, "log error": log}
             for name, values in logs.items()
             for repeat, log in enumerate(values)
         ]
-        ours, peer, lost = study.error_table(pd.DataFrame(rows)).to_dict("records")
+        ours, peer, lost = error.error_table(pd.DataFrame(rows)).to_dict("records")
         assert ours["further by"] == 0.0
         assert ours["rms"] == pytest.approx(math.sqrt(0.11 / 3))
         assert peer["bias"] == pytest.approx(0.7)

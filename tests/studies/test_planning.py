@@ -12,8 +12,10 @@ import pytest
 from matplotlib.pyplot import imread
 
 from studies.engine import sweep as engine
+from studies.engine.metering import CHANNELS
 from studies.engine.results import RESULTS, write_atomically
 from studies.engine.sweep import Found, Options, Where, carry_out
+from studies.output import predictions
 from studies.output.plan_figure import quick_plan
 from studies.questions import live, planning, quick, transformer
 from tests.planning.test_plan import exact
@@ -39,14 +41,14 @@ def results(folder: Path, power: float = 1.0, seeds: int = 5, noise: float = 0.0
             names | {"batch": n, "budget": budget, "test_loss": loss(n, budget)} for n in BATCHES for budget in BUDGETS
         ]
         table = exact(np.full(2_000, SCALE), batch=float(START)).assign(accumulation_steps=2)
-        for name in planning.CHANNELS.values():
+        for name in CHANNELS.values():
             table[name] = SCALE * np.exp(0.05 * rng.standard_normal(len(table))).cumprod() ** 0.1
         windows.append(table.assign(task="exact", seed=seed, lr=0.01))
     branches = pd.DataFrame(
         {"task": "exact", "seed": [0, 0, 1], "at": [6e3, 3e4, 6e3], "critical": [128.0, 256.0, 128.0]}
     )
     branches = branches.assign(excluded=math.inf, smallest=32.0, largest=512.0, calibration=[1.0, 1.25, 0.8], lr=0.01)
-    branches = branches.assign(task="exact", **dict.fromkeys(planning.CHANNELS, SCALE))
+    branches = branches.assign(task="exact", **dict.fromkeys(CHANNELS, SCALE))
     engine.write(pd.DataFrame(rows), pd.DataFrame({"key": ["x"]}), folder / "planning")
     write_atomically(pd.concat(windows, ignore_index=True), folder / "planning" / "windows.parquet")
     write_atomically(branches, folder / "planning" / "branches.parquet")
@@ -92,10 +94,10 @@ def test_noise_of_the_losses_widens_the_interval(tmp_path: Path):
 
 def test_a_batch_that_never_gets_there_has_an_infinite_error():
     budgets, losses = np.array([1.0, 2.0]), np.array([3.0, 2.0])
-    assert planning.budget_for(budgets, losses, 1.0) == math.inf
-    assert planning.budget_for(budgets, losses, 3.5) == 0.0
+    assert predictions.budget_for(budgets, losses, 1.0) == math.inf
+    assert predictions.budget_for(budgets, losses, 3.5) == 0.0
     never = {n: (np.array([1e4, 2e4]), np.full((2, 3), 5.0)) for n in (64, 128, 256)}
-    sweep = planning.Sweep(START, OPENING, np.full(3, 3.0), never, np.full(3, SCALE))
+    sweep = predictions.Sweep(START, OPENING, np.full(3, 3.0), never, np.full(3, SCALE))
     assert sweep.error(sweep.scales).value == math.inf
 
 
@@ -129,6 +131,13 @@ def test_the_plan_of_the_main_job_is_drawn_from_its_rows(tmp_path: Path):
     quick_plan(rows, tmp_path / "again.png", *quick.PLANNED)
     assert (tmp_path / "plan.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     assert imread(tmp_path / "plan.png").std() > 0.05
+
+
+def test_seconds_that_tell_nothing_are_no_picture(tmp_path: Path):
+    rows = pd.read_parquet(RESULTS / "quick" / "results.parquet")
+    rows["wall_seconds"] = np.arange(len(rows), dtype=float)
+    with pytest.raises(ValueError, match="do not follow its size clearly enough"):
+        quick_plan(rows, tmp_path / "plan.png", *quick.PLANNED)
 
 
 def test_the_other_studies_own_sweeps_are_waited_for(tmp_path: Path):

@@ -31,6 +31,7 @@ import numpy as np
 
 import adaptbatch as ab
 from studies.engine.arms import Arm, Follow, Warmup
+from studies.engine.reduce import recorded_steps
 from studies.engine.runner import Run
 from studies.engine.sweep import SHARED, Found, Options, Study, from_runs
 from studies.engine.training import Task
@@ -208,7 +209,7 @@ def _controls(
     recorded = found.get(labelled("final", network, data, scale, arm, (seed - 1) % seeds, ADAPTIVE))
     if recorded is None:
         return
-    k = np.repeat(recorded["schedule_k"], recorded["schedule_windows"]).astype(int)
+    k = recorded_steps(recorded)
     ends, batches = np.cumsum(k) * float(MICRO_BATCH), k * float(MICRO_BATCH)
     start = fixed(2 * MICRO_BATCH)
     mean = max(2, round(recorded["mean_batch"] / MICRO_BATCH))
