@@ -232,7 +232,7 @@ class Accumulator:
         return 0.03 if self._ranks.several else rounding(self.parameters(), micro_batches)
 
     def _close_seal(self) -> None:
-        self._seal.close(self.parameters(), self._turn)
+        self._seal.close(self.parameters(), self._turn, self.suspicion.reads_now)
 
     # --- checkpoint -----------------------------------------------------------------------------------------------
 

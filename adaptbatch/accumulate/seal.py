@@ -40,21 +40,22 @@ class GradientSeal:
     """
 
     def __init__(self) -> None:
-        self._closes = 0
+        self._closes, self._reads = 0, True
         self._known: Sequence[Parameter] = ()
         self._watched: Sequence[Parameter] = ()
         self._stamps: list[tuple[int, int] | None] = []
         self._part: Sequence[Parameter] = ()
         self._norms: _Norms = []
 
-    def close(self, parameters: Sequence[Parameter], turn: int) -> None:
+    def close(self, parameters: Sequence[Parameter], turn: int, reads: bool = True) -> None:
         """Take note of ``.grad`` as it is.
 
         Args:
             parameters: All that the optimizer steps.
             turn: Windows before this one.
+            reads: Whether norms on the CPU become numbers at once.
         """
-        self._closes += 1
+        self._closes, self._reads = self._closes + 1, reads
         self._known = parameters
         whole = checks_all(turn) or len(parameters) < HANDFUL
         part = parameters if whole else parameters[self._closes % PARTS % len(parameters) :: PARTS]
@@ -62,7 +63,7 @@ class GradientSeal:
         self._watched = parameters if seldom else part
         self._stamps = gradient_stamps(self._watched)
         self._part = part if seldom else ()
-        self._norms = _norms(self._part)
+        self._norms = _norms(self._part, reads)
 
     def stamped(self, parameters: Sequence[Parameter]) -> bool:
         """Whether the same tensors are in ``.grad``, and no operation of torch wrote to them; reads no value.
@@ -74,12 +75,12 @@ class GradientSeal:
 
     def rewritten(self) -> bool | Tensor:
         """Whether something else wrote to the part that is looked at: on a GPU a scalar that is not read."""
-        return _differ(self._norms, _norms(self._part))
+        return _differ(self._norms, _norms(self._part, self._reads))
 
 
-def _norms(parameters: Sequence[Parameter]) -> _Norms:
+def _norms(parameters: Sequence[Parameter], reads: bool) -> _Norms:
     """As numbers where that costs no wait."""
-    return [one.tolist() if one.device.type == "cpu" else one for one in gradient_norms(parameters)]
+    return [one.tolist() if reads and one.device.type == "cpu" else one for one in gradient_norms(parameters)]
 
 
 def _differ(then: _Norms, now: _Norms) -> bool | Tensor:
