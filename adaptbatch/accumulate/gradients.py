@@ -89,13 +89,16 @@ def gradient_norms(parameters: Sequence[Parameter]) -> list[Tensor]:
         if p.grad is not None:
             grad = local_part(p.grad)
             kinds.setdefault((grad.device, grad.dtype, grad.is_sparse), []).append(grad)
-    return [torch.stack(_norms_of(grads)) for grads in kinds.values()]
+    return [_norms_of(grads) for grads in kinds.values()]
 
 
-def _norms_of(grads: list[Tensor]) -> list[Tensor]:
+def _norms_of(grads: list[Tensor]) -> Tensor:
+    """In one tensor."""
+    if len(grads) == 1:
+        return gradient_norm(grads[0]).reshape(1)
     if grads[0].is_sparse:
-        return [gradient_norm(grad) for grad in grads]
-    return list(torch._foreach_norm(grads, 2, torch.float32 if grads[0].dtype in HALF else None))
+        return torch.stack([gradient_norm(grad) for grad in grads])
+    return torch.stack(torch._foreach_norm(grads, 2, torch.float32 if grads[0].dtype in HALF else None))
 
 
 def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | None]:
