@@ -215,4 +215,5 @@ def controlled(controller: ab.BatchController, model: nn.Module, device: str, pr
 
 def steady(steps: int) -> dict[str, Any]:
     """The usual rule, held at one size: everything is measured, tested and recorded."""
-    return {"rule": ab.RelativeStandardError(), "limits": ab.Limits(min_steps=steps, max_steps=steps)}
+    limits = ab.Limits(min_steps=steps, max_steps=steps)
+    return {"rule": ab.RelativeStandardError(), "limits": limits, "listen": 1.0}

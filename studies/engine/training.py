@@ -218,6 +218,8 @@ def train(
         learning_rate=arm.coupling,
         # A plain loop does not skip: what breaks an arm is its own.
         skip_nonfinite=False,
+        # Rows are the product; and runs that were made before there was a choice are named without it.
+        listen=1.0,
     ) as controller:
         bounds = (controller.limits.min_steps, controller.limits.max_steps)
         for x in controller.micro_batches(problem.micro_batches(seed)):
