@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from paper import comparison, findings, method
+from paper import acting, comparison, findings, method
 from paper.ledger import Ledger, spread
 from studies.output.verdicts import VERDICTS, counted
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")
+CLAIMED = ("live", "bursts", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")
 
 
 def fill(ledger: Ledger) -> None:
@@ -41,6 +41,8 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     method.estimator,
     method.decision,
     method.cost,
+    acting.live,
+    acting.bursts,
     comparison.protocol,
     comparison.arms,
     findings.origin,

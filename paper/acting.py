@@ -1,0 +1,108 @@
+"""The studies in which the controller acts, in figures: live, bursts."""
+
+from __future__ import annotations
+
+from paper.ledger import Ledger, holds, shown, spread
+
+_LIVE = {
+    "root": "theta 0.7, root",
+    "theta 1": "theta 1, root",
+    "pareto": "pareto 128, root",
+    "pareto 1024": "pareto 1024, root",
+    "ghost": "ghost, theta 1, root",
+    "ramp": "ramp 2 to 16, root",
+    "replay": "replay",
+    "mean": "constant mean",
+    "tuned": "theta 0.7, root, tuned",
+}
+_UNCOUPLED = ("theta 0.7", "theta 1", "pareto 128")
+
+
+def live(ledger: Ledger) -> None:
+    """Updates at equal examples and equal loss, over the frontier of tuned fixed batches."""
+    place = "live/arms"
+    arms = ledger.frame(place)
+    head = ["arm", "updates", "mean batch", "changes of k", "loss", "updates ratio (95 %)"]
+    rows = [
+        [
+            str(row["arm"]),
+            shown(row["updates"], ",.0f"),
+            shown(row["mean n"], ",.0f"),
+            "–" if row["fixed"] else shown(row["changes"], ".0f"),
+            shown(row["loss"], ".2f"),
+            "–"
+            if row["fixed"]
+            else spread(row["updates ratio"], row["updates ratio low"], row["updates ratio high"], ".2f"),
+        ]
+        for row in arms.to_dict("records")
+    ]
+    ledger.table("live", place, head, rows)
+    for name, arm in _LIVE.items():
+        ledger.interval(f"live.{name}", place, "updates ratio", ".2f", arm=arm)
+    adaptive = arms[~arms["fixed"]].set_index("arm")
+    said = f"{place}: smallest and largest updates ratio of {', '.join(_UNCOUPLED)}"
+    uncoupled = adaptive.loc[list(_UNCOUPLED), "updates ratio"]
+    ledger.add("live.uncoupled", f"{uncoupled.min():.2f} to {uncoupled.max():.2f}", said)
+    ledger.cell("live.seeds", place, "seeds", ".0f", arm="theta 0.7, root")
+    ledger.cell("live.last", place, "last n", ",.0f", arm="theta 0.7, root")
+    holds("every adaptive run of the live study is live", bool((adaptive["live"] == adaptive["seeds"]).all()))
+    holds("none of them diverges", bool((adaptive["diverged"] == 0).all()))
+    holds("without a coupling all are behind the frontier", bool((uncoupled > 1).all()))
+    claims = ledger.frame("live/claims")
+    verdict = claims.set_index(["claim", "what"])["verdict"]
+    holds("V3 is supported", set(verdict["V3"]) == {"supported"})
+    _ratio(ledger, "live.over mean", "constant mean", "supported")
+    _ratio(ledger, "live.over ramp", "ramp 2 to 16, root", "undecided")
+    _ratio(ledger, "live.over replay", "replay", "undecided")
+
+
+def _ratio(ledger: Ledger, name: str, other: str, verdict: str) -> None:
+    what = f"updates ratio of theta 0.7, root over that of {other} is below 1"
+    row = ledger.row("live/claims", {"claim": "V5", "what": what})
+    holds(f"{what}: {verdict}", row["verdict"] == verdict)
+    ledger.interval(name, "live/claims", "value", ".2f", claim="V5", what=what)
+
+
+def bursts(ledger: Ledger) -> None:
+    """The absolute relation, and what averaging does, on the noisy network at a rate at which it spikes."""
+    place = "bursts/arms"
+    arms = ledger.frame(place)
+    rows = [
+        [
+            str(row["arm"]),
+            str(row["stage"]),
+            shown(row["updates"], ",.0f"),
+            shown(row["diverged"], ".0f"),
+            shown(row["runs with spikes"], ".0f"),
+            spread(row["final"], row["final low"], row["final high"], ".1f"),
+        ]
+        for row in arms.to_dict("records")
+    ]
+    head = ["arm", "at equal", "updates", "diverged", "runs that spike", "final (95 %)"]
+    for row in rows:
+        row[1] = {"updates": "updates"}.get(row[1], "examples")
+    ledger.table("bursts", place, head, rows)
+    for name, arm in (
+        ("64", "fixed 64"),
+        ("1024", "fixed 1024"),
+        ("absolute", "standard error"),
+        ("warmup", "warm-up"),
+    ):
+        stage = "rules" if arm in ("standard error", "warm-up") else "examples"
+        ledger.cell(f"bursts.{name} diverged", place, "diverged", ".0f", stage=stage, arm=arm)
+        ledger.cell(f"bursts.{name} spikes", place, "runs with spikes", ".0f", stage=stage, arm=arm)
+    ledger.cell("bursts.seeds", place, "seeds", ".0f", stage="rules", arm="standard error")
+    ledger.cell("bursts.absolute batch", place, "mean n", ",.0f", stage="rules", arm="standard error")
+    claims = ledger.frame("bursts/claims")
+    o1 = claims[claims["claim"] == "O1"]
+    holds("averaging helps at equal examples", set(o1.loc[o1["where"] == "equal examples", "verdict"]) == {"supported"})
+    holds("and is undecided at equal updates", set(o1.loc[o1["where"] == "equal updates", "verdict"]) == {"undecided"})
+    verdicts = {str(claim): set(part["verdict"]) for claim, part in claims.groupby("claim")}
+    holds(
+        "nothing claimed of the absolute rule is supported",
+        not any("supported" in verdicts[c] for c in ("O3", "O4", "O5")),
+    )
+    c1 = claims[(claims["claim"] == "C2") & claims["what"].str.contains("1024")]
+    holds("1024 ends higher than the lowered rate", set(c1["verdict"]) == {"not supported"})
+    where = {"claim": "C2", "what": str(c1["what"].iloc[0])}
+    ledger.interval("bursts.dear", "bursts/claims", "value", ".2f", **where)
