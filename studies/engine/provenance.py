@@ -20,7 +20,7 @@ FILE = "provenance.json"
 # The package's modules by what they do, as paths within it.
 DECISION = ("records.py", "state.py", "estimate/*.py", "rules/*.py")
 MEASUREMENT = ("checks.py", "accumulate/*.py", "measure/*.py")
-FRAME = ("controller.py", "loop.py", "reporting/history.py")
+FRAME = ("controller.py", "sizing.py", "loop.py", "mechanics.py", "reporting/history.py")
 LOOP = (*FRAME, "optimizer/*.py")
 
 # What each study measures of the package itself.

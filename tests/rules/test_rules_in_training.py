@@ -59,7 +59,8 @@ def test_the_time_model_is_measured():
 def test_the_seconds_of_the_step_are_told_from_the_rest(monkeypatch):
     """By a clock that goes ten seconds in each step of the optimizer, and one in each micro-batch."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("adaptbatch.controller.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for module in ("controller", "sizing"):
+        monkeypatch.setattr(f"adaptbatch.{module}.time", SimpleNamespace(perf_counter=lambda: clock.now))
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     controller = ab.BatchController(model, optimizer, rule=ab.Fixed(3))
