@@ -15,6 +15,8 @@ from studies.output.fronts import Frontier
 from studies.output.style import KINDS, STYLE, save, short
 
 LIVE, STILL = KINDS["adaptive"][0], KINDS["other"][0]
+OPEN = "#D55E00"
+OPEN_LOOP = ("ramp", "replay", "constant mean")
 
 
 def figure_of(tables: Callable[[Path], Mapping[str, pd.DataFrame]], task: Sequence[str]) -> Callable[[Path], None]:
@@ -62,6 +64,8 @@ def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path) -> None:
 
 
 def _colour(row: pd.Series) -> str:
+    if str(row["arm"]).startswith(OPEN_LOOP):
+        return OPEN
     return LIVE if row["live"] > row["seeds"] / 2 else STILL
 
 
@@ -109,4 +113,6 @@ def _ratios(axes: Axes, part: pd.DataFrame) -> None:
         axes.plot(ratio, place, KINDS["adaptive"][1], color=_colour(row), markersize=5)
     axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
     axes.set_ylim(-0.7, len(labels) - 0.3)
-    axes.set_title("blue: live in most of its seeds (how many)", fontsize=8, fontweight="normal")
+    axes.set_title(
+        "blue: acts on what it measures (seeds in which it did); orange: open loop", fontsize=8, fontweight="normal"
+    )
