@@ -114,5 +114,5 @@ def _ratios(axes: Axes, part: pd.DataFrame) -> None:
     axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
     axes.set_ylim(-0.7, len(labels) - 0.3)
     axes.set_title(
-        "blue: acts on what it measures (seeds in which it did); orange: open loop", fontsize=8, fontweight="normal"
+        "blue: live in so many seeds; orange: open loop", fontsize=8, fontweight="normal"
     )
