@@ -285,11 +285,12 @@ class TestCommands:
         results = pd.read_parquet(tmp_path / "results.parquet")
         assert list(results.columns) == list(schema.COLUMNS)
         assert results["arm"].nunique() == 4
-        app.cli(args=command[3:])
+        again = [*command[3:], "--workers", "1"]
+        app.cli(args=again)
         assert capsys.readouterr().out.count("(stored)") == 4
         # Committed results have the one table and not the runs' own.
         shutil.rmtree(tmp_path / "runs")
-        app.cli(args=[*command[3:], "--fresh"])
+        app.cli(args=[*again, "--fresh"])
         assert "(stored)" not in capsys.readouterr().out
 
     def test_the_quick_arms_are_what_their_names_say(self):
