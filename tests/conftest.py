@@ -27,7 +27,7 @@ collect_ignore = [
 ]
 
 # Fixtures that are expensive to make, once for their module: whoever uses them runs in one process.
-SHARED = {"browser", "built", "environment", "found", "ledger", "opened", "trial"}
+SHARED = {"browser", "built", "depths", "environment", "found", "ledger", "opened", "trial"}
 
 
 # Files with the longest tests: begun first, so that no worker is left with one of them at the end.
