@@ -22,6 +22,7 @@ from torch import nn
 
 import adaptbatch as ab
 from adaptbatch.reporting.history import COLUMNS as HISTORY
+from studies import __main__ as commands
 from studies import data
 from studies.__main__ import app
 from studies.engine import analysis, schema, training
@@ -275,7 +276,7 @@ class TestAnalysis:
 
 class TestCommands:
     @pytest.mark.timeout(240)
-    def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys):
+    def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys, monkeypatch):
         command = [sys.executable, "-m", "studies", "quick", "--examples", "400", "--out", str(tmp_path)]
         first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         for name in ("fixed 64", "fixed 192", "fixed 384", "adaptive", "spikes", "limits", "results.parquet"):
@@ -285,6 +286,8 @@ class TestCommands:
         results = pd.read_parquet(tmp_path / "results.parquet")
         assert list(results.columns) == list(schema.COLUMNS)
         assert results["arm"].nunique() == 4
+        # It has been drawn.
+        monkeypatch.setattr(commands, "quick_figure", lambda *_, **__: None)
         again = [*command[3:], "--workers", "1"]
         app.cli(args=again)
         assert capsys.readouterr().out.count("(stored)") == 4
