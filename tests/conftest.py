@@ -14,7 +14,7 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("same", derandomize=True, deadline=None)
-settings.register_profile("random", deadline=None)
+settings.register_profile("random", deadline=None, max_examples=1000)
 settings.register_profile("thorough", deadline=None, max_examples=5000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
