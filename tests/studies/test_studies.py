@@ -219,6 +219,12 @@ class TestRunner:
         changed = run_all(self.runs(examples=320), tmp_path, workers=1)
         assert changed["examples_seen"].max() == 320
 
+    @pytest.mark.xdist_group("pool")
+    def test_two_processes_train_what_one_does(self, tmp_path):
+        one, two = (run_all(self.runs(), tmp_path / str(workers), workers) for workers in (1, 2))
+        times = [name for name in one if "seconds" in name]
+        pd.testing.assert_frame_equal(two.drop(columns=times), one.drop(columns=times))
+
     def test_a_studys_table_alone_is_enough_to_resume(self, tmp_path):
         first = run_all(self.runs(), tmp_path, workers=1)
         for run in self.runs():
@@ -278,6 +284,7 @@ class TestCommands:
     @pytest.mark.timeout(240)
     def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys, monkeypatch):
         command = [sys.executable, "-m", "studies", "quick", "--examples", "400", "--out", str(tmp_path)]
+        command += ["--workers", "1"]
         first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         for name in ("fixed 64", "fixed 192", "fixed 384", "adaptive", "spikes", "limits", "results.parquet"):
             assert name in first.stdout
@@ -288,12 +295,11 @@ class TestCommands:
         assert results["arm"].nunique() == 4
         # It has been drawn.
         monkeypatch.setattr(commands, "quick_figure", lambda *_, **__: None)
-        again = [*command[3:], "--workers", "1"]
-        app.cli(args=again)
+        app.cli(args=command[3:])
         assert capsys.readouterr().out.count("(stored)") == 4
         # Committed results have the one table and not the runs' own.
         shutil.rmtree(tmp_path / "runs")
-        app.cli(args=[*again, "--fresh"])
+        app.cli(args=[*command[3:], "--fresh"])
         assert "(stored)" not in capsys.readouterr().out
 
     def test_the_quick_arms_are_what_their_names_say(self):

@@ -453,6 +453,8 @@ def depths(tmp_path_factory) -> Path:
 
 # One that has its runs from another's stands behind it.
 TOGETHER = (("origin", "origin-live"), ("live",), ("transformer",), ("bursts",))
+# Of those that need a pool of processes all run in one, with one pool.
+POOL = pytest.mark.xdist_group("pool")
 MANY_ARMS = ("comparison", "sensitivity", "frontier", "favourable", "momentum")
 
 
@@ -471,7 +473,9 @@ class TestFigures:
         own = {"depth", "planning"}
         assert set(STUDIES) == {name for names in TOGETHER for name in names} | set(MANY_ARMS) | own
 
-    @pytest.mark.parametrize("names", TOGETHER, ids=lambda names: names[0])
+    @pytest.mark.parametrize(
+        "names", [pytest.param(one, id=one[0], marks=POOL if one == ("live",) else ()) for one in TOGETHER]
+    )
     def test_a_study_draws_from_its_folder(self, names, tmp_path, monkeypatch, nothing_committed):
         """Its smallest preset, run, reported and drawn; one of them in two processes."""
         for module, small in (
