@@ -392,12 +392,11 @@ class TestCatalogue:
 
 
 class TestPlans:
-    @pytest.mark.timeout(300)
-    def test_every_study_can_be_planned_at_every_preset(self, tmp_path):
-        for one in STUDIES.values():
-            for preset in ("smoke", "laptop", "paper"):
-                runs = one.plan(Options(preset), Found(tmp_path))
-                assert len({(run.key, run.labels) for run in runs}) == len(runs)
+    @pytest.mark.parametrize("preset", ["smoke", "laptop", "paper"])
+    @pytest.mark.parametrize("name", STUDIES)
+    def test_every_study_can_be_planned_at_every_preset(self, name, preset, tmp_path):
+        runs = STUDIES[name].plan(Options(preset), Found(tmp_path))
+        assert len({(run.key, run.labels) for run in runs}) == len(runs)
 
     def test_every_method_has_the_same_trials(self, tmp_path):
         runs = [
