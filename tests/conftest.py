@@ -23,7 +23,7 @@ ABSENT = [name for name in ("studies", "paper") if importlib.util.find_spec(name
 OF_THEM = re.compile(rf"^(?:from|import) (?:{'|'.join(ABSENT)})\b", re.MULTILINE)
 HERE = Path(__file__).parent
 collect_ignore = [
-    str(path.relative_to(HERE)) for path in HERE.rglob("test_*.py") if ABSENT and OF_THEM.search(path.read_text())
+    str(path.relative_to(HERE)) for path in HERE.rglob("*.py") if ABSENT and OF_THEM.search(path.read_text())
 ]
 
 # Fixtures that are expensive to make, once for their module: whoever uses them runs in one process. Those named found
