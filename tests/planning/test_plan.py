@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptbatch as ab
+from adaptbatch.__main__ import main
 from adaptbatch.estimate import estimate_window, noise_scale, noise_scale_interval
 from adaptbatch.planning.curves import TimeModel, integrated_noise, measured_seconds, speed_table
 from adaptbatch.records import Measurement
@@ -257,21 +258,21 @@ class TestPlan:
 
 
 class TestCommand:
-    @staticmethod
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "adaptbatch", *arguments], capture_output=True, text=True)
-
-    def test_reads_parquet_and_csv(self, tmp_path: Path):
+    def test_reads_parquet_and_csv(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         rows = drawn(np.random.default_rng(0), 200, 40.0)
         rows.to_parquet(tmp_path / "run.parquet")
         rows.to_csv(tmp_path / "run.csv", index=False)
         options = ("--devices", "1", "8", "--seconds-per-step", "0.05", "--seconds-per-example", "0.001")
-        texts = [self.run("plan", str(tmp_path / name), *options) for name in ("run.parquet", "run.csv")]
-        assert texts[0].stdout == texts[1].stdout
-        assert texts[0].stdout.count("Take ") == 2
-        assert "on 8 devices" in texts[0].stdout
+        command = [sys.executable, "-m", "adaptbatch", "plan", str(tmp_path / "run.parquet"), *options]
+        text = subprocess.run(command, capture_output=True, text=True).stdout
+        assert main(["plan", str(tmp_path / "run.csv"), *options]) == 0
+        assert capsys.readouterr().out == text
+        assert text.count("Take ") == 2
+        assert "on 8 devices" in text
 
-    def test_says_what_is_wrong(self, tmp_path: Path):
-        found = self.run("plan", str(tmp_path / "nowhere.parquet"))
-        assert (found.returncode, "nowhere.parquet" in found.stderr) == (2, True)
-        assert "Traceback" not in found.stderr
+    def test_says_what_is_wrong(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", str(tmp_path / "nowhere.parquet")])
+        told = capsys.readouterr().err
+        assert (ended.value.code, "nowhere.parquet" in told) == (2, True)
+        assert "Traceback" not in told

@@ -141,11 +141,14 @@ class TestFloor:
         assert (run["reason"] == "noise_floor").mean() > 0.9
         assert run["accumulation_steps"].max() <= 16
 
-    @pytest.mark.parametrize("name", ["ramp x32", "step x16", "hump x32", "fast rise x32"])
-    def test_a_noise_scale_that_rises_by_itself_is_not_one(self, name):
-        for seed in (0, 1):
-            run = closed_loop.simulate(RULES["CLT"], PROFILES[name], seed)
-            assert not (run["reason"] == "noise_floor").any()
+    @pytest.mark.parametrize(
+        ("name", "seed"),
+        [("ramp x32", 1), ("step x16", 1), ("hump x32", 1), ("fast rise x32", 0), ("fast rise x32", 1)],
+    )
+    def test_a_noise_scale_that_rises_by_itself_is_not_one(self, name, seed):
+        """Nor on the seed on which the default rule follows without hunting."""
+        run = closed_loop.simulate(RULES["CLT"], PROFILES[name], seed)
+        assert not (run["reason"] == "noise_floor").any()
 
     def test_only_the_phase_tells_a_rise_as_fast_as_the_rule_grows(self):
         """``B`` doubles with every dead time: to the elasticity that is a floor."""
@@ -158,8 +161,10 @@ class TestFloor:
 class TestDefaultRule:
     @pytest.mark.parametrize("name", [profile.name for profile in closed_loop.PROFILES if profile.moving])
     def test_follows_without_hunting(self, name):
-        """At most 40 switches and an rms log error of 0.30 on every moving profile."""
-        found = closed_loop.measure(closed_loop.simulate(RULES["CLT"], PROFILES[name], seed=0))
+        """At most 40 switches and an rms log error of 0.30 on every moving profile, and no floor is seen."""
+        run = closed_loop.simulate(RULES["CLT"], PROFILES[name], seed=0)
+        found = closed_loop.measure(run)
+        assert not (run["reason"] == "noise_floor").any()
         assert found["switches"] <= 40
         assert found["rms log error"] <= 0.30
 

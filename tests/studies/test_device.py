@@ -30,10 +30,10 @@ from studies.device import ghost as ghost_section
 from studies.device.cases import cases
 from studies.device.sync import SETTINGS, Reads
 from studies.questions import origin
+from tests.studies.misbehaving import STAMP, misbehaving, stillborn
 
 REPOSITORY = Path(__file__).parents[2]
 NEEDED = ("torch", "numpy", "scipy", "pandas", "pytest")
-STAMP = {"device": "x", "torch": "y", "adaptbatch": "z"}
 
 
 def distributions(names: tuple[str, ...]) -> set[str]:
@@ -313,24 +313,6 @@ def test_a_learning_rate_that_is_on_the_host_is_not_sent_to_the_device():
 
 
 # --- sections that fail, die or hang ------------------------------------------------------------------------------
-
-
-def misbehaving(options: harness.Options, names: tuple[str, ...], ends: float, pipe: Any) -> None:
-    """In place of the sections: one dies, one hangs after it has started a process, one fails, one is well."""
-    os.setsid()
-    for name in names:
-        pipe.send((name, 0.0, STAMP))
-        if name == "sync":
-            os._exit(3)
-        if name == "time":
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            (options.folder / "child").write_text(str(child.pid))
-            time.sleep(600)
-        pipe.send((name, name != "exact", "a row failed" if name == "exact" else ""))
-
-
-def stillborn(options: harness.Options, names: tuple[str, ...], ends: float, pipe: Any) -> None:
-    os._exit(4)
 
 
 def alive(pid: int) -> bool:

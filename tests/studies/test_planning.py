@@ -146,6 +146,8 @@ def test_the_other_studies_own_sweeps_are_waited_for(tmp_path: Path):
 
 def test_measured_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The smoke preset, smaller, on one seed: sweeps, brackets, meters, branches, tables, figure."""
+    # No committed run is looked for.
+    monkeypatch.setattr(engine, "committed", list)
     monkeypatch.setitem(live.SCALES, "smoke", replace(live.SCALES["smoke"], examples=2_000))
     monkeypatch.setitem(transformer.SCALES, "smoke", replace(transformer.SCALES["smoke"], million=6_000))
     carry_out(planning.STUDY, Options("smoke", seeds=1), Where(1), tmp_path, tmp_path / "store")
@@ -156,6 +158,9 @@ def test_measured_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: p
     assert branches["critical"].tolist() == pytest.approx([32.0, 512.0], rel=1.0)
     tables = planning.tables(folder)
     assert set(tables) >= {"predictions", "claims", "ratios"}
+    assert all(len(table) or title == "claims" for title, table in tables.items())
     planning.draw(folder)
+    assert {path.suffix for path in folder.glob("*.p[nd][gf]")} >= {".pdf"}
+    assert all(path.stat().st_size > 5_000 for path in folder.glob("*.p[nd][gf]"))
     monkeypatch.setattr(planning, "measured", lambda *_: pytest.fail("run again"))
     carry_out(planning.STUDY, Options("smoke", seeds=1), Where(1), tmp_path, tmp_path / "store")

@@ -22,6 +22,7 @@ from torch import nn
 
 import adaptbatch as ab
 from adaptbatch.reporting.history import COLUMNS as HISTORY
+from studies import __main__ as commands
 from studies import data
 from studies.__main__ import app
 from studies.engine import analysis, schema, training
@@ -218,6 +219,12 @@ class TestRunner:
         changed = run_all(self.runs(examples=320), tmp_path, workers=1)
         assert changed["examples_seen"].max() == 320
 
+    @pytest.mark.xdist_group("pool")
+    def test_two_processes_train_what_one_does(self, tmp_path):
+        one, two = (run_all(self.runs(), tmp_path / str(workers), workers) for workers in (1, 2))
+        times = [name for name in one if "seconds" in name]
+        pd.testing.assert_frame_equal(two.drop(columns=times), one.drop(columns=times))
+
     def test_a_studys_table_alone_is_enough_to_resume(self, tmp_path):
         first = run_all(self.runs(), tmp_path, workers=1)
         for run in self.runs():
@@ -275,8 +282,9 @@ class TestAnalysis:
 
 class TestCommands:
     @pytest.mark.timeout(240)
-    def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys):
-        command = [sys.executable, "-m", "studies", "quick", "--examples", "1024", "--out", str(tmp_path)]
+    def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys, monkeypatch):
+        command = [sys.executable, "-m", "studies", "quick", "--examples", "400", "--out", str(tmp_path)]
+        command += ["--workers", "1"]
         first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         for name in ("fixed 64", "fixed 192", "fixed 384", "adaptive", "spikes", "limits", "results.parquet"):
             assert name in first.stdout
@@ -285,6 +293,8 @@ class TestCommands:
         results = pd.read_parquet(tmp_path / "results.parquet")
         assert list(results.columns) == list(schema.COLUMNS)
         assert results["arm"].nunique() == 4
+        # It has been drawn.
+        monkeypatch.setattr(commands, "quick_figure", lambda *_, **__: None)
         app.cli(args=command[3:])
         assert capsys.readouterr().out.count("(stored)") == 4
         # Committed results have the one table and not the runs' own.
@@ -399,16 +409,16 @@ class TestKilled:
 class TestRanks:
     def test_torchrun_trains_every_run_on_all_ranks(self, tmp_path):
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-        command = [sys.executable, *launcher, "-m", "studies", "quick", "--examples", "720", "--out", str(tmp_path)]
+        command = [sys.executable, *launcher, "-m", "studies", "quick", "--examples", "336", "--out", str(tmp_path)]
         environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
         subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True, timeout=500)
         table = pd.read_parquet(tmp_path / "results.parquet")
         assert set(table["arm"]) == {run.arm.name for run in quick.runs()}
         fixed = table[table["arm"] == "fixed 192"]
-        assert fixed["global_batch"].tolist() == [192.0] * 3 + [144.0]
+        assert fixed["global_batch"].tolist() == [192.0, 144.0]
         adaptive = table[table["arm"] == "adaptive"]
         # One micro-batch of 16, half on each rank, is evidence.
         assert adaptive["global_batch"].iloc[0] == 16.0
         assert adaptive["noise_trace"].notna().all()
         assert {run["identity"]["world_size"] for run in table.attrs["runs"]} == {2}
-        assert all(run.stored(tmp_path) is None for run in quick.runs(0, 720))
+        assert all(run.stored(tmp_path) is None for run in quick.runs(0, 336))

@@ -23,6 +23,7 @@ from studies import data, questions
 from studies.__main__ import app
 from studies.engine import reduce, sweep
 from studies.engine.arms import OPTIMIZERS, Arm, Constant, Follow, Warmup
+from studies.engine.language import NextCharacter
 from studies.engine.networks import Autoencoder
 from studies.engine.results import ResultsError, read_table, write_atomically
 from studies.engine.runner import Run
@@ -221,6 +222,7 @@ def study(arms: list[Arm], stages: bool = False) -> Study:
 ARMS = [Arm("adaptive", ab.RelativeStandardError(), lr=1e-3), Arm("fixed", ab.Fixed(3), lr=1e-3)]
 
 
+@pytest.mark.usefixtures("nothing_committed")
 class TestSweep:
     def test_a_plan_is_asked_again_until_nothing_is_missing(self, tmp_path):
         runs, curves = carry_out(study(ARMS, stages=True), Options(), Where(1), tmp_path / "out", tmp_path / "store")
@@ -390,12 +392,11 @@ class TestCatalogue:
 
 
 class TestPlans:
-    @pytest.mark.timeout(300)
-    def test_every_study_can_be_planned_at_every_preset(self, tmp_path):
-        for one in STUDIES.values():
-            for preset in ("smoke", "laptop", "paper"):
-                runs = one.plan(Options(preset), Found(tmp_path))
-                assert len({(run.key, run.labels) for run in runs}) == len(runs)
+    @pytest.mark.parametrize("preset", ["smoke", "laptop", "paper"])
+    @pytest.mark.parametrize("name", STUDIES)
+    def test_every_study_can_be_planned_at_every_preset(self, name, preset, tmp_path):
+        runs = STUDIES[name].plan(Options(preset), Found(tmp_path))
+        assert len({(run.key, run.labels) for run in runs}) == len(runs)
 
     def test_every_method_has_the_same_trials(self, tmp_path):
         runs = [
@@ -435,9 +436,47 @@ class TestPlans:
         assert set(origin.ORIGIN) < set(rows)
 
 
+@pytest.fixture
+def nothing_committed(monkeypatch) -> None:
+    """No run of the committed results is looked for, which takes longer than a tiny run."""
+    monkeypatch.setattr(sweep, "committed", list)
+
+
+@pytest.fixture(scope="module")
+def depths(tmp_path_factory) -> Path:
+    """The folder of the smallest depth study."""
+    folder = tmp_path_factory.mktemp("depths")
+    depth.measure(Options("smoke"), 1, folder)
+    return folder
+
+
+# One that has its runs from another's stands behind it.
+TOGETHER = (("origin", "origin-live"), ("live",), ("transformer",), ("bursts",))
+# Of those that need a pool of processes all run in one, with one pool.
+POOL = pytest.mark.xdist_group("pool")
+MANY_ARMS = ("comparison", "sensitivity", "frontier", "favourable", "momentum")
+
+
+def _reported_and_drawn(name: str, folder: Path) -> None:
+    study = STUDIES[name]
+    for title, table in study.tables(folder).items():
+        assert len(table) or title in ("growth", "claims", "opening")
+    study.figures(folder)
+    pictures = sorted(path.suffix for path in folder.glob("*.p[nd][gf]"))
+    assert pictures[:1] == [".pdf"]
+    assert all(path.stat().st_size > 5_000 for path in folder.glob("*.p[nd][gf]"))
+
+
 class TestFigures:
-    def test_every_study_draws_from_its_folder(self, tmp_path, monkeypatch):
-        """The smallest preset of every study, run, reported and drawn."""
+    def test_every_study_is_drawn_here_or_beside_its_own_tests(self):
+        own = {"depth", "planning"}
+        assert set(STUDIES) == {name for names in TOGETHER for name in names} | set(MANY_ARMS) | own
+
+    @pytest.mark.parametrize(
+        "names", [pytest.param(one, id=one[0], marks=POOL if one == ("live",) else ()) for one in TOGETHER]
+    )
+    def test_a_study_draws_from_its_folder(self, names, tmp_path, monkeypatch, nothing_committed):
+        """Its smallest preset, run, reported and drawn; one of them in two processes."""
         for module, small in (
             (comparison, {"examples": 640}),
             (live, {"examples": 1_000}),
@@ -445,19 +484,15 @@ class TestFigures:
         ):
             monkeypatch.setitem(module.SCALES, "smoke", replace(module.SCALES["smoke"], **small))
         monkeypatch.setattr(origin, "choices", lambda name, scale: iter(()))
-        for name, study in STUDIES.items():
-            if name in ("comparison", "frontier", "favourable", "sensitivity", "momentum"):
-                continue
-            carry_out(study, Options("smoke"), Where(2), tmp_path, tmp_path / "store")
-            folder = tmp_path / name
-            for title, table in study.tables(folder).items():
-                assert len(table) or title in ("growth", "claims", "opening")
-            study.figures(folder)
-            pictures = sorted(path.suffix for path in folder.glob("*.p[nd][gf]"))
-            assert pictures[:1] == [".pdf"]
-            assert all(path.stat().st_size > 5_000 for path in folder.glob("*.p[nd][gf]"))
+        # On a part of the books: the whole of them takes longer than a training.
+        whole = NextCharacter.score
+        monkeypatch.setattr(NextCharacter, "score", lambda self: whole(replace(self, test=self.test[::50])))
+        workers = 2 if names == ("live",) else 1
+        for name in names:
+            carry_out(STUDIES[name], Options("smoke"), Where(workers), tmp_path, tmp_path / "store")
+            _reported_and_drawn(name, tmp_path / name)
 
-    @pytest.mark.parametrize("name", ["comparison", "sensitivity", "frontier", "favourable", "momentum"])
+    @pytest.mark.parametrize("name", MANY_ARMS)
     def test_the_studies_of_many_arms_draw_from_their_rows(self, name, tmp_path):
         runs, curves = _many_arms()
         study = STUDIES[name]
@@ -547,8 +582,11 @@ class TestDepth:
         ]
         assert depth.claims(pd.DataFrame(rows))["verdict"].tolist() == ["supported", "not supported"]
 
-    def test_the_estimates_agree_with_the_exact_moments(self):
-        table = depth.run(Options("smoke"), workers=1)
+    def test_it_draws_from_its_folder(self, depths):
+        _reported_and_drawn("depth", depths)
+
+    def test_the_estimates_agree_with_the_exact_moments(self, depths):
+        table = read_table(depths / "noise.parquet")
         smooth = table[table["architecture"].isin(["plain", "scaled", "rezero"])]
         errors = np.array(list(depth.checks(smooth)))
         # 24 figures of ten windows each: t of 9 degrees of freedom, with 1 % for the whole.
