@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -322,7 +323,7 @@ def test_ours_does_the_work_of_the_hand_written_loop(monkeypatch):
     monkeypatch.setattr(contenders, "STEPS", 2)
     start, x = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False), torch.rand(8, 784)
     ends = []
-    for name in ("hand-written loop", "adaptbatch", "adaptbatch, no checks"):
+    for name in ("hand-written loop", "adaptbatch", "adaptbatch, one window in four", "adaptbatch, no checks"):
         net = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False)
         net.load_state_dict(start.state_dict())
         contenders.available()[name].make(net)(list(x.split(4)))
@@ -342,6 +343,15 @@ def test_ratios_are_taken_within_a_round():
     table = overhead.ratios(seconds).set_index("contender")
     assert table.loc["ours", "ratio"] == pytest.approx(1.1)
     assert table.loc["hand-written loop", "ratio"] == 1.0
+
+
+@pytest.mark.parametrize("setting", [name for name in contenders.SETTINGS if name != "80 layers"])
+def test_every_network_has_its_loop_and_ours(setting):
+    own = [one for one in contenders.CONTENDERS.values() if one.setting == setting]
+    net = contenders.SETTINGS[setting].network()
+    assert math.isfinite(net.loss(contenders.SETTINGS[setting].micro_batches()[0][:2]))
+    assert [one.windows for one in own] == [1, 1, contenders.EVERY]
+    assert {one.baseline for one in own} == {f"loop, {setting}"}
 
 
 def test_checks_that_are_switched_off_notice_nothing():
