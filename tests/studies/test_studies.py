@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import shutil
@@ -349,7 +348,7 @@ def test_ratios_are_taken_within_a_round():
 def test_every_network_has_its_loop_and_ours(setting):
     own = [one for one in contenders.CONTENDERS.values() if one.setting == setting]
     net = contenders.SETTINGS[setting].network()
-    assert math.isfinite(net.loss(contenders.SETTINGS[setting].micro_batches()[0][:2]))
+    assert net.loss(contenders.SETTINGS[setting].micro_batches()[0][:2]).isfinite()
     assert [one.windows for one in own] == [1, 1, contenders.EVERY]
     assert {one.baseline for one in own} == {f"loop, {setting}"}
 
