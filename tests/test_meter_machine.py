@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 import adaptbatch as ab
 from tests import reference
 from tests.models import small_model, squared
+from tests.searches import costly
 
 # What every loss is divided by: a loop need not know how long its windows get.
 DIVISOR = 4
@@ -241,4 +241,4 @@ class Meter(RuleBasedStateMachine):
 
 
 TestMeter = Meter.TestCase
-TestMeter.settings = settings(max_examples=60, stateful_step_count=20)
+TestMeter.settings = costly(60, stateful_step_count=20)

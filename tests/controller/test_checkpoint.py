@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from tests.models import (
     small_model,
     squared,
 )
+from tests.searches import costly
 
 
 def without_times(state: dict) -> dict:
@@ -80,7 +81,7 @@ class TestState:
         run(second, batches([4, 4]))
         assert second.history.to_pandas()["wall_seconds"].iloc[0] >= 1000.0
 
-    @settings(max_examples=30)
+    @costly(30)
     @given(
         stop=st.integers(0, 40),
         options=st.sampled_from(

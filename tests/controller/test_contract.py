@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
 import adaptbatch as ab
 from tests.models import batches, equal_state, sgd, small_model, squared
+from tests.searches import costly
 
 
 class Unsized:
@@ -384,7 +384,7 @@ class Contract(RuleBasedStateMachine):
 
 
 TestContract = Contract.TestCase
-TestContract.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestContract.settings = costly(60, stateful_step_count=30, deadline=None)
 
 
 def build(**options: Any) -> Callable[[], object]:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -25,10 +25,11 @@ from tests.models import (
     split,
     squared,
 )
+from tests.searches import costly
 
 
 class TestExactness:
-    @settings(max_examples=40)
+    @costly(40)
     @given(
         sizes=st.lists(st.integers(1, 9), min_size=1, max_size=14),
         steps=st.lists(st.integers(1, 5), min_size=1, max_size=6),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaptbatch.measure.ghost import GhostProbe, direct_sq_norms, gram_sq_norms, record, terms
 from tests import reference
+from tests.searches import costly
 
 torch.set_num_threads(1)
 WAY_OUT = r"use Limits\(min_steps=2\) without ghost=True"
@@ -202,7 +203,7 @@ def test_single_precision(case):
 
 
 @given(st.tuples(*[st.integers(1, 4)] * 4), st.booleans())
-@settings(max_examples=25)
+@costly(25)
 def test_linear_of_any_shape(shape, bias):
     m, positions, inputs, outputs = shape
     assert_exact(nn.Linear(inputs, outputs, bias=bias).double(), torch.randn(m, positions, inputs).double())
@@ -210,7 +211,7 @@ def test_linear_of_any_shape(shape, bias):
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @given(st.data())
-@settings(max_examples=40)
+@costly(40)
 def test_conv_of_any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     groups, kernel, dilation = draw(1, 3), (draw(1, 3), draw(1, 3)), (draw(1, 2), draw(1, 2))
@@ -231,7 +232,7 @@ def test_conv_of_any_shape(data):
 
 
 @given(st.tuples(*[st.integers(1, 5)] * 5))
-@settings(max_examples=25)
+@costly(25)
 def test_both_forms_agree(shape):
     m, groups, positions, outputs, inputs = shape
     deltas, x = torch.randn(m, groups, positions, outputs).double(), torch.randn(m, groups, positions, inputs).double()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler as lrs
 
 import adaptbatch as ab
 from adaptbatch.optimizer.schedule import ScheduleDriver
+from tests.searches import costly
 
 UNIT = 32
 Make = Callable[[Optimizer, int], lrs.LRScheduler]
@@ -77,7 +78,7 @@ def driven(
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@settings(max_examples=15)
+@costly(15)
 @given(windows=st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_after_every_window_it_is_the_plain_loop(name: str, windows: list[int]):
     make, total = SCHEDULERS[name], sum(windows)
