@@ -116,7 +116,7 @@ class State:
             results: What has reached the host since the last call, oldest first: that window's own, or of one before.
                 Those that are not finite are evidence of nothing, but for a guard.
             rule, limits, guard: How the next window's size is decided.
-            listen: How many windows are measured, see :func:`.listens`.
+            listen: How many windows are measured, see :func:`~adaptbatch.estimate.listens`.
         """
         state = self.counted(counts, all(result.measurement.finite for result in results))
         memory = state.memory(rule)

@@ -232,7 +232,7 @@ class Sensor:
             sums.cells += len(sq_norms)
         if loss is not None:
             # One element may come with dimensions.
-            mean = loss.detach().reshape(())
+            mean = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
             sums.add("loss_sum", (mean.double() if sq_norm is None else mean.to(sq_norm)) * weight)
 
     def keep(self, weight: float, reference: float, total: float) -> None:
