@@ -16,8 +16,8 @@ FIRST, EVERY = 2, 256
 # micro-batches: a sliver of a window, however many they are. Primes, so that every part is looked at after the first
 # micro-batch of a window, the second and so on.
 PARTS, SELDOM = 31, 11
-# So few are looked at whole: it costs no more.
-HANDFUL = 8
+# So few, of so few entries in all, are looked at whole: it costs no more.
+HANDFUL, SMALL = 8, 65_536
 
 
 class GradientSeal:
@@ -57,7 +57,7 @@ class GradientSeal:
         """
         self._closes, self._reads = self._closes + 1, reads
         self._known = parameters
-        whole = checks_all(turn) or len(parameters) < HANDFUL
+        whole = checks_all(turn) or _are_few(parameters)
         part = parameters if whole else parameters[self._closes % PARTS % len(parameters) :: PARTS]
         seldom = whole or self._closes % SELDOM == 0
         self._watched = parameters if seldom else part
@@ -76,6 +76,10 @@ class GradientSeal:
     def rewritten(self) -> bool | Tensor:
         """Whether something else wrote to the part that is looked at: on a GPU a scalar that is not read."""
         return _differ(self._norms, _norms(self._part, self._reads))
+
+
+def _are_few(parameters: Sequence[Parameter]) -> bool:
+    return len(parameters) < HANDFUL and sum(p.numel() for p in parameters) <= SMALL
 
 
 def _norms(parameters: Sequence[Parameter], reads: bool) -> _Norms:

@@ -53,6 +53,8 @@ class GradientProbe:
         self.elsewhere = False
         self.on_gradient: Callable[[], None] | None = None
         self._in_model: set[int] = set()
+        # Where the model holds them: the module's parameters, the name in them.
+        self._places: list[tuple[Mapping[str, Parameter | None], str, Parameter]] = []
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
         self._own: list[tuple[Parameter, RemovableHandle]] = []
@@ -78,6 +80,8 @@ class GradientProbe:
             ValueError: If there is none.
             RuntimeError: If the optimizer holds parameters that ``model`` had and has no longer.
         """
+        if self._is_unchanged(optimizer):
+            return
         groups = optimizer.param_groups
         parameters = list(dict.fromkeys(p for group in groups for p in group["params"] if p.requires_grad))
         if not parameters:
@@ -97,12 +101,28 @@ class GradientProbe:
             self.parameters, self._kinds = parameters, kinds
             self._hook_all()
             self._watch_shards(model)
+        self._places = [
+            (module._parameters, name, p)
+            for module in model.modules()
+            for name, p in module._parameters.items()
+            if p is not None and id(p) in self._in_model
+        ]
 
     def is_attached(self, optimizer: Optimizer) -> bool:
         """Whether the hooks are those of what the optimizer trains now, and the last to see each gradient."""
         trained = [id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         same = trained == self._ids and all((p.device, norm_dtype(p.dtype)) == kind for p, kind in self._samples)
         return same and self._is_last()
+
+    def _is_unchanged(self, optimizer: Optimizer) -> bool:
+        """Whether model and optimizer hold the parameters that are hooked, as they were: walks no module."""
+        return (
+            bool(self._handles)
+            and not self._shard_hooks
+            and self.is_attached(optimizer)
+            and all(held.get(name) is p for held, name, p in self._places)
+            and all((p.device, p.dtype) == kind[1:] for p, kind in zip(self.parameters, self._kinds, strict=True))
+        )
 
     def _is_last(self) -> bool:
         """Whether no hook of somebody else changes a gradient after it is measured."""
@@ -266,7 +286,7 @@ class GradientProbe:
         for handle in self._handles:
             handle.remove()
         self._handles, self._buffers, self._metric_buffers, self._kinds, self.parameters = [], [], [], [], []
-        self._sum_buffers, self._shard_hooks, self._unsharded, self._own = [], {}, {}, []
+        self._sum_buffers, self._shard_hooks, self._unsharded, self._own, self._places = [], {}, {}, [], []
         self._registered = -1
         self._scales = None
 
