@@ -113,6 +113,4 @@ def _ratios(axes: Axes, part: pd.DataFrame) -> None:
         axes.plot(ratio, place, KINDS["adaptive"][1], color=_colour(row), markersize=5)
     axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
     axes.set_ylim(-0.7, len(labels) - 0.3)
-    axes.set_title(
-        "blue: live in so many seeds; orange: open loop", fontsize=8, fontweight="normal"
-    )
+    axes.set_title("blue: live in so many seeds; orange: open loop", fontsize=8, fontweight="normal")
