@@ -10,8 +10,6 @@ _LIVE = {
     "pareto": "pareto 128, root",
     "pareto 1024": "pareto 1024, root",
     "ghost": "ghost, theta 1, root",
-    "ramp": "ramp 2 to 16, root",
-    "replay": "replay",
     "mean": "constant mean",
     "tuned": "theta 0.7, root, tuned",
 }
@@ -43,6 +41,7 @@ def live(ledger: Ledger) -> None:
     said = f"{place}: smallest and largest updates ratio of {', '.join(_UNCOUPLED)}"
     uncoupled = adaptive.loc[list(_UNCOUPLED), "updates ratio"]
     ledger.add("live.uncoupled", f"{uncoupled.min():.2f} to {uncoupled.max():.2f}", said)
+    ledger.add("live.theta", "0.7", "the code: RelativeStandardError(0.7) of studies/questions/live.py")
     ledger.cell("live.seeds", place, "seeds", ".0f", arm="theta 0.7, root")
     ledger.cell("live.last", place, "last n", ",.0f", arm="theta 0.7, root")
     holds("every adaptive run of the live study is live", bool((adaptive["live"] == adaptive["seeds"]).all()))
@@ -89,7 +88,8 @@ def bursts(ledger: Ledger) -> None:
         ("warmup", "warm-up"),
     ):
         stage = "rules" if arm in ("standard error", "warm-up") else "examples"
-        ledger.cell(f"bursts.{name} diverged", place, "diverged", ".0f", stage=stage, arm=arm)
+        if name != "warmup":
+            ledger.cell(f"bursts.{name} diverged", place, "diverged", ".0f", stage=stage, arm=arm)
         ledger.cell(f"bursts.{name} spikes", place, "runs with spikes", ".0f", stage=stage, arm=arm)
     ledger.cell("bursts.seeds", place, "seeds", ".0f", stage="rules", arm="standard error")
     ledger.cell("bursts.absolute batch", place, "mean n", ",.0f", stage="rules", arm="standard error")

@@ -88,7 +88,8 @@ class Rule(Protocol):
     half-life of the evidence it wants [examples], None for the default of :func:`adaptbatch.estimate.memory_examples`.
 
     A rule may also have ``pools = True``: it decides on pooled moments, so that some windows may go unmeasured; and
-    ``keeps_gradients = True``: it needs :attr:`.Measurement.radial_sq_norms`.
+    ``keeps_gradients = True``: it needs ``radial_sq_norms`` of a
+    :class:`~adaptbatch.records.Measurement`.
     """
 
     @property

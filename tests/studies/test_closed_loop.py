@@ -217,6 +217,9 @@ def test_measures_of_a_run_made_by_hand():
             "accumulation_steps": np.where(seen <= 5000, 4, 8),
             "true_noise_scale": np.where(seen <= 4000, 128.0, 256.0),
             "reason": ["noise_floor"] * 3 + ["guard"] * 2 + ["hold"] * 95,
+            "listened": [True] * 60 + [False] * 40,
+            "noise_scale_low": 100.0,
+            "noise_scale_high": np.where(seen <= 9050, 300.0, 200.0),
         }
     )
     found = closed_loop.measure(run)
@@ -225,6 +228,8 @@ def test_measures_of_a_run_made_by_hand():
     assert found["rms log error"] == pytest.approx(math.log(2) * math.sqrt(10 / 95))
     assert found["lag"] == pytest.approx(1000.0, abs=100.0)
     assert (found["at limits"], found["noise floor"], found["guard"]) == (0.0, 0.03, 0.02)
+    # Of the 95 counted windows the last ten have an interval below the truth.
+    assert (found["measured"], found["covered"]) == (0.6, pytest.approx(85 / 95))
 
 
 def test_the_study_has_every_rule_on_every_profile(tmp_path):
