@@ -29,7 +29,7 @@ def listens(listen: Listen, evidence: NoiseEstimate, progress: Progress) -> bool
     """Whether the window to come is measured.
 
     Args:
-        listen: A share of windows, evenly spread; or ``"auto"``.
+        listen: A share of windows, evenly spread from the first on; or ``"auto"``.
         evidence: Pooled, of the channel that decides.
         progress: After the decision.
 
@@ -38,11 +38,12 @@ def listens(listen: Listen, evidence: NoiseEstimate, progress: Progress) -> bool
         >>> [listens("auto", known, Progress(window, 6400.0, 2, 32.0)) for window in range(4)]
         [True, False, False, False]
         >>> [listens(0.5, known, Progress(window)) for window in range(4)]
-        [False, True, False, True]
+        [True, False, True, False]
     """
     turn = progress.window
     if listen != "auto":
-        return math.floor((turn + 1) * listen) > math.floor(turn * listen)
+        # The first of each stretch, so that what is looked at every 16th or 256th window is heard.
+        return math.ceil((turn + 1) * listen) > math.ceil(turn * listen)
     since = progress.examples_since_change / progress.global_batch
     if evidence.effective_windows < LEAST_WINDOWS or since < AFTER_CHANGE:
         return True
