@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from adaptbatch.estimate.moments import noise_scale_error
 from adaptbatch.records import NoiseEstimate, Progress
 
 Listen = float | Literal["auto"]
@@ -51,21 +52,3 @@ def listens(listen: Listen, evidence: NoiseEstimate, progress: Progress) -> bool
     while every < RAREST and every * error < KNOWN:
         every *= 2
     return turn % every == 0
-
-
-def noise_scale_error(pair: NoiseEstimate) -> float:
-    """Relative standard error of ``B = tr(Sigma) / |G|^2`` by its first order; infinite where there is none.
-
-    Example:
-        >>> noise_scale_error(NoiseEstimate(4.0, 400.0, 0.04, 1600.0, 0.0, 90.0, 30.0))
-        0.1118...
-    """
-    signal, trace = pair.grad_sq_norm, pair.noise_trace
-    if not (signal > 0.0 and trace > 0.0):
-        return math.inf
-    square = (
-        pair.var_noise_trace / trace / trace
-        + pair.var_grad_sq_norm / signal / signal
-        - 2.0 * pair.covariance / trace / signal
-    )
-    return math.sqrt(square) if square >= 0.0 else math.inf

@@ -186,10 +186,26 @@ def excess_error(pair: NoiseEstimate, batch: float, theta: float, population: fl
     return value, math.sqrt(max(variance, 0.0))
 
 
+def noise_scale_error(pair: NoiseEstimate) -> float:
+    """Relative standard error of ``B = tr(Sigma) / |G|^2``, that of ``tr(Sigma) / B - |G|^2`` over ``|G|^2``.
+
+    By the first order (delta method); infinite where either moment is not positive, or its variance is not known.
+
+    Example:
+        >>> round(noise_scale_error(NoiseEstimate(4.0, 400.0, 0.04, 1600.0, 0.0, 90.0, 30.0)), 4)
+        0.1118
+    """
+    signal, trace = pair.grad_sq_norm, pair.noise_trace
+    if not (signal > 0.0 and trace > 0.0):
+        return math.inf
+    square = _contrast_variance(pair, signal / trace, 1.0)
+    return math.sqrt(square) / signal if square >= 0.0 else math.inf
+
+
 def _contrast_variance(pair: NoiseEstimate, trace_factor: float, signal_factor: float) -> float:
     """Variance of ``trace_factor * noise_trace - signal_factor * grad_sq_norm``."""
     return (
-        trace_factor**2 * pair.var_noise_trace
+        trace_factor * trace_factor * pair.var_noise_trace
         - 2.0 * trace_factor * signal_factor * pair.covariance
-        + signal_factor**2 * pair.var_grad_sq_norm
+        + signal_factor * signal_factor * pair.var_grad_sq_norm
     )

@@ -103,8 +103,6 @@ GUARDS = {"CLT, guarded": ab.Guard(max_skips=0)}
 # Those that do not measure every window.
 LISTENS: dict[str, ab.estimate.Listen] = {"CLT, listens less": "auto"}
 DEFAULT = "CLT"
-# Beside "CLT" as it was tuned, with every window measured.
-LISTENS_LESS = "CLT, listens less"
 
 
 COLUMNS = (

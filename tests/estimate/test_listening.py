@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptbatch import estimate
-from adaptbatch.estimate.listening import AFTER_CHANGE, KNOWN, RAREST, noise_scale_error
+from adaptbatch.estimate.listening import AFTER_CHANGE, KNOWN, RAREST
+from adaptbatch.estimate.moments import noise_scale_error
 from adaptbatch.records import Measurement, NoiseEstimate, Progress
 
 CELLS, SIZE, DIMENSIONS = 4, 16.0, 40
