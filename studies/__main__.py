@@ -81,7 +81,7 @@ def overhead(
     """What the controller costs and how right it is: time, memory and host reads against peers, bias of estimates."""
     from studies.questions import overhead as study
     from studies.questions.overhead import accuracy
-    from studies.questions.overhead.contenders import MICRO_BATCH, STEPS, WIDTH
+    from studies.questions.overhead.settings import MICRO_BATCH, STEPS, WIDTH
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
         task = bar.add_task("windows, interleaved", total=rounds)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from studies.questions.overhead.contenders import RANKS_CONTENDERS, SETTINGS, Contender, available, baseline
+from studies.questions.overhead.contenders import RANKS_CONTENDERS, Contender, available, baseline
+from studies.questions.overhead.settings import SETTINGS
 
 NETWORKS = 4
 HOST_READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}

@@ -15,99 +15,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import adaptbatch as ab
-from studies import data
-from studies.engine.language import CharacterModel
 from studies.engine.networks import Autoencoder
 from studies.engine.ranks import Loss
+from studies.questions.overhead.settings import SETTINGS, STEPS
 
 Window = Callable[[Sequence[Tensor]], None]
 LossOf = Callable[[Tensor], Tensor]
-STEPS = 8
-MICRO_BATCH, WIDTH = 256, 128
 #: Of a settled ``listen="auto"``: one window in so many is measured.
 EVERY = 4
-
-
-# --- networks and their data ------------------------------------------------------------------------------------------
-
-
-class Small(nn.Module):
-    """A linear layer of one parameter tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 1, bias=False)
-
-    def loss(self, x: Tensor) -> Tensor:
-        """Mean squared output."""
-        return self.layer(x).square().mean()
-
-
-class Wide(nn.Module):
-    """One hidden layer of 4096, all whose time and memory is in a few large parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(784, 4096), nn.ReLU(), nn.Linear(4096, 784))
-
-    def loss(self, x: Tensor) -> Tensor:
-        """Mean squared error of the reconstruction."""
-        return (self.layers(x) - x).square().mean()
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained in one window.
-
-    Attributes:
-        network: Makes it.
-        micro_batches: Of one window.
-        repeats: Windows that are timed together, where one is too short for a clock.
-    """
-
-    network: Callable[[], Any]
-    micro_batches: Callable[[], list[Tensor]]
-    repeats: int = 1
-
-
-def _deep() -> Autoencoder:
-    torch.manual_seed(0)
-    return Autoencoder(depth=80, widths=(WIDTH, WIDTH), code=16, residual="scaled")
-
-
-def _language() -> CharacterModel:
-    torch.manual_seed(0)
-    return CharacterModel(vocabulary=63)
-
-
-def _images(micro_batch: int = MICRO_BATCH) -> list[Tensor]:
-    images = torch.from_numpy(data.load("mnist").train_inputs[: STEPS * micro_batch])
-    return list(images.split(micro_batch))
-
-
-def _noise(steps: int) -> list[Tensor]:
-    return list(torch.randn(steps, 32, 16, generator=torch.Generator().manual_seed(0)))
-
-
-def _characters() -> list[Tensor]:
-    return list(torch.randint(63, (STEPS, 16, 65), generator=torch.Generator().manual_seed(0)))
-
-
-SETTINGS = {
-    "80 layers": Setting(_deep, _images),
-    "one parameter, k = 8": Setting(Small, partial(_noise, 8), repeats=40),
-    "one parameter, k = 2": Setting(Small, partial(_noise, 2), repeats=80),
-    "transformer": Setting(_language, _characters),
-    "wide MLP": Setting(Wide, partial(_images, 32)),
-}
-
-
-# --- loops ------------------------------------------------------------------------------------------------------------
 
 
 def _adam(model: torch.nn.Module) -> torch.optim.Adam:
@@ -205,11 +125,6 @@ def adaptbatch_metric(model: Autoencoder, **options: Any) -> Window:
         optimizer.step()
         optimizer.zero_grad()
     return adaptbatch(model, optimizer, metric="adam", **options)
-
-
-def listens_less(model: Any, make: Callable[..., Window] | None = None, **options: Any) -> Window:
-    """The controller as it is once the noise scale is known: one window in :data:`EVERY` is measured."""
-    return (make or adaptbatch)(model, listen=1.0 / EVERY, **options)
 
 
 def clip(model: Autoencoder) -> Tensor:
@@ -369,7 +284,8 @@ class Contender:
 
 
 def _less(make: Callable[..., Window], baseline: str = "hand-written loop", setting: str = "80 layers") -> Contender:
-    return Contender(partial(listens_less, make=make), baseline, setting=setting, windows=EVERY)
+    """The controller as it is once the noise scale is known: one window in :data:`EVERY` is measured."""
+    return Contender(partial(make, listen=1.0 / EVERY), baseline, setting=setting, windows=EVERY)
 
 
 def _elsewhere(setting: str) -> dict[str, Contender]:
