@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -374,6 +375,8 @@ def test_checks_that_are_switched_off_notice_nothing():
 
 def _study(folder: str, open_while_it_runs: Connection) -> None:
     """``python -m studies quick`` in this process; what it starts holds the connection, too."""
+    # As on the command line; else the study's own process would have to import all that this one's server has.
+    multiprocessing.set_start_method("fork", force=True)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         app.cli(args=["quick", "--examples", "2000", "--out", folder, "--workers", "1"])
 
