@@ -24,6 +24,8 @@ CONTEXT.set_forkserver_preload(
         "tests.controller.test_resume",
         "tests.studies.test_studies",
         "torchdata.stateful_dataloader",
+        "lightning.pytorch",
+        "transformers.trainer",
     ]
 )
 

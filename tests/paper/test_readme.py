@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 from textwrap import dedent
 from typing import get_args
@@ -17,6 +17,7 @@ import adaptbatch as ab
 from adaptbatch.records import Reason
 from adaptbatch.reporting.history import COLUMNS
 from studies.output import readme
+from tests.processes import start
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -62,19 +63,11 @@ def test_the_programs_of_a_page_run_in_their_order(name, tmp_path, monkeypatch):
         exec(compile(program, f"<{name}, program {index + 1}>", "exec"), names)
 
 
-# The trainer takes longest to import: both processes are forked from one that has.
-BOTH = """
-import os, runpy, sys
-
-for name in ("with", "without"):
-    child = os.fork()
-    if child == 0:
-        os.chdir(name)
+def _run(folder: str) -> None:
+    """The script in a folder, as the command line runs it; what it says on stderr goes beside it."""
+    os.chdir(folder)
+    with open("stderr.txt", "w") as file, contextlib.redirect_stderr(file):
         runpy.run_path("script.py", run_name="__main__")
-        sys.exit()
-    if os.waitpid(child, 0)[1] != 0:
-        sys.exit(f"{name}: failed")
-"""
 
 
 @pytest.mark.parametrize("trainer", ["transformers", "lightning"])
@@ -89,17 +82,11 @@ def test_a_trainers_script_is_as_it_was_but_for_the_meters_lines(trainer, tmp_pa
     for name, text in (("with", program), ("without", without)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "script.py").write_text(text + 'torch.save(model.state_dict(), "model.pt")\n')
-    imports = "".join(re.findall(r"^(?:import|from) .*\n", without, re.MULTILINE))
-    (tmp_path / "both.py").write_text(imports + BOTH)
-    found = subprocess.run(
-        [sys.executable, "both.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert found.returncode == 0, found.stderr
-    assert "NoiseMeter" not in found.stderr
+        process = start(_run, str(tmp_path / name))
+        process.join()
+        said = (tmp_path / name / "stderr.txt").read_text()
+        assert process.exitcode == 0, said
+        assert "NoiseMeter" not in said
     ours, theirs = (torch.load(tmp_path / name / "model.pt") for name in ("with", "without"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     page = (tmp_path / "with" / "noise.html").read_text()

@@ -284,23 +284,23 @@ class TestAnalysis:
 class TestCommands:
     @pytest.mark.timeout(240)
     def test_quick_writes_one_table_and_one_figure_and_resumes(self, tmp_path, capsys, monkeypatch):
-        command = [sys.executable, "-m", "studies", "quick", "--examples", "400", "--out", str(tmp_path)]
-        command += ["--workers", "1"]
-        first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        command = ["quick", "--examples", "400", "--out", str(tmp_path), "--workers", "1"]
+        app.cli(args=command)
+        first = capsys.readouterr().out
         for name in ("fixed 64", "fixed 192", "fixed 384", "adaptive", "spikes", "limits", "results.parquet"):
-            assert name in first.stdout
+            assert name in first
         assert (tmp_path / "figure.png").stat().st_size > 20_000
-        assert "no plan: history must have at least 8 windows with a measurement of their own" in first.stdout
+        assert "no plan: history must have at least 8 windows with a measurement of their own" in first
         results = pd.read_parquet(tmp_path / "results.parquet")
         assert list(results.columns) == list(schema.COLUMNS)
         assert results["arm"].nunique() == 4
         # It has been drawn.
         monkeypatch.setattr(commands, "quick_figure", lambda *_, **__: None)
-        app.cli(args=command[3:])
+        app.cli(args=command)
         assert capsys.readouterr().out.count("(stored)") == 4
         # Committed results have the one table and not the runs' own.
         shutil.rmtree(tmp_path / "runs")
-        app.cli(args=[*command[3:], "--fresh"])
+        app.cli(args=[*command, "--fresh"])
         assert "(stored)" not in capsys.readouterr().out
 
     def test_the_quick_arms_are_what_their_names_say(self):
