@@ -57,7 +57,9 @@ TINY = Size(depth=8, widths=(16, 8), code=4, epochs=2, examples=600)
 def run(report: Report, device: str, tiny: bool) -> None:
     """Train until time is up; a row for each process, with its last epoch."""
     size, names, classes = (TINY, TINY_ROWS, CLASSES[:1]) if tiny else (Size(), tuple(ROWS), CLASSES)
-    context, processes = multiprocessing.get_context("spawn"), {}
+    # Each forked from a server that has imported all and has touched no GPU.
+    context, processes = multiprocessing.get_context("forkserver"), {}
+    context.set_forkserver_preload(["studies.device.table", "torch._dynamo"])
     for name, anomaly in itertools.product(names, classes):
         arguments = (name, anomaly, size, report.folder, device, report.ends)
         processes[name, anomaly] = context.Process(target=train, args=arguments)

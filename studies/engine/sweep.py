@@ -273,7 +273,8 @@ def _submitted(runs: Sequence[Run], devices: Sequence[str], store: Path, where: 
         # A job sees its own GPU only.
         devices = ["cpu" if where.device == "cpu" else "cuda"] * len(runs)
     jobs = executor.map_array(_run_job, runs, [store] * len(runs), devices)
-    for job in submitit.helpers.as_completed(jobs):
+    # It looks at the jobs' files; what it asks of the cluster it keeps for a minute.
+    for job in submitit.helpers.as_completed(jobs, poll_frequency=1.0):
         yield job.result()
 
 
