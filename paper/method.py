@@ -119,10 +119,9 @@ def cost(ledger: Ledger) -> None:
         "gns": "torch-gqc GNS",
     }.items():
         ledger.interval(f"cost.{name}", "overhead/cost", "ratio", ".3f", contender=contender)
-    unchecked = ledger.row("overhead/cost", {"contender": "adaptbatch, no checks"})
-    saved = [f"{1.0 - unchecked[end]:.1%}" for end in ("ratio", "ratio high", "ratio low")]
-    said = "overhead/cost: contender = adaptbatch, no checks: 1 - ratio"
-    ledger.add("cost.checks", f"{saved[0]} ({saved[1]} to {saved[2]})".replace("-", "−"), said)
+    measured = {"network": "80 layers", "measured": 1.0}
+    for name, part in (("agree", "norms agree"), ("untouched", "untouched")):
+        ledger.interval(f"cost.{name}", "overhead/profile", "share", ".2%", part=part, **measured)
     ratios = table.set_index("contender")["ratio"]
     holds("listening less costs less", ratios["adaptbatch, one window in four"] < ratios["adaptbatch"])
 

@@ -80,7 +80,7 @@ def overhead(
 ) -> None:
     """What the controller costs and how right it is: time, memory and host reads against peers, bias of estimates."""
     from studies.questions import overhead as study
-    from studies.questions.overhead import accuracy
+    from studies.questions.overhead import accuracy, profile
     from studies.questions.overhead.settings import MICRO_BATCH, STEPS, WIDTH
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
@@ -88,15 +88,18 @@ def overhead(
         seconds = study.measure_time(rounds, report=lambda done: bar.update(task, completed=done))
     seconds = pd.concat([seconds, study.measure_ranks_time(rounds)], ignore_index=True)
     times = study.ratios(seconds).merge(study.measure_cost(), how="left")
+    with study.one_thread():
+        parts = profile.measure(rounds)
     bias = accuracy.measure(windows)
     show(
         times,
         f"one window: {STEPS} micro-batches of {MICRO_BATCH}, 80 layers of width {WIDTH} unless named, one thread",
     )
+    show(parts, "where a window's time goes, by the share of windows that are measured")
     reduced = study.all_reduce_seconds().astype({"ranks": str})
     show(reduced, "a window's one all-reduce on paper: 16 doubles, 10 us and 25 GB/s between two ranks")
     show(bias.drop(columns="windows"), f"estimates against the exact per-example covariance, {windows} windows")
-    for name, table in (("time", seconds), ("cost", times), ("bias", bias)):
+    for name, table in (("time", seconds), ("cost", times), ("profile", parts), ("bias", bias)):
         table.attrs = {"provenance": provenance()}
         write_atomically(table, out / f"{name}.parquet")
     record("overhead", out)

@@ -112,8 +112,12 @@ def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | N
         >>> gradient_stamps([weight]) == before
         False
     """
-    # Writes to a sharded gradient count in the DTensor, those to its local part there.
-    return [None if g is None else (id(g), g._version + local_part(g)._version) for g in (p.grad for p in parameters)]
+    return [None if g is None else (id(g), _writes(g)) for g in (p.grad for p in parameters)]
+
+
+def _writes(grad: Tensor) -> int:
+    # To a sharded gradient they count in the DTensor, to its local part there.
+    return grad._version if type(grad) is Tensor else grad._version + local_part(grad)._version
 
 
 @torch.no_grad()

@@ -58,8 +58,9 @@ class GradientProbe:
         self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
         self._own: list[tuple[Parameter, RemovableHandle]] = []
-        # Of what is hooked, and of each kind of it one parameter.
-        self._ids: list[int] = []
+        # All that the optimizer holds; what of it was frozen, and has no hook; of each kind that has one, a parameter.
+        self._held: list[int] = []
+        self._frozen: list[Parameter] = []
         self._samples: list[tuple[Parameter, _Kind]] = []
         # Hooks of any kind, of anybody, when ours were found to be the last.
         self._registered = -1
@@ -82,8 +83,8 @@ class GradientProbe:
         """
         if self._is_unchanged(optimizer):
             return
-        groups = optimizer.param_groups
-        parameters = list(dict.fromkeys(p for group in groups for p in group["params"] if p.requires_grad))
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = list(dict.fromkeys(p for p in held if p.requires_grad))
         if not parameters:
             raise ValueError("optimizer must hold at least one parameter with requires_grad=True, got none to train.")
         present = {id(p) for p in model.parameters()}
@@ -101,6 +102,7 @@ class GradientProbe:
             self.parameters, self._kinds = parameters, kinds
             self._hook_all()
             self._watch_shards(model)
+        self._held, self._frozen = [id(p) for p in held], [p for p in held if not p.requires_grad]
         self._places = [
             (module._parameters, name, p)
             for module in model.modules()
@@ -109,10 +111,13 @@ class GradientProbe:
         ]
 
     def is_attached(self, optimizer: Optimizer) -> bool:
-        """Whether the hooks are those of what the optimizer trains now, and the last to see each gradient."""
-        trained = [id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        same = trained == self._ids and all((p.device, norm_dtype(p.dtype)) == kind for p, kind in self._samples)
-        return same and self._is_last()
+        """Whether all that the optimizer trains now has its hook, which is the last to see a gradient.
+
+        What was frozen since may have one too: it is silent.
+        """
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        same = held == self._held and all((p.device, norm_dtype(p.dtype)) == kind for p, kind in self._samples)
+        return same and not any(p.requires_grad for p in self._frozen) and self._is_last()
 
     def _is_unchanged(self, optimizer: Optimizer) -> bool:
         """Whether model and optimizer hold the parameters that are hooked, as they were: walks no module."""
@@ -121,7 +126,10 @@ class GradientProbe:
             and not self._shard_hooks
             and self.is_attached(optimizer)
             and all(held.get(name) is p for held, name, p in self._places)
-            and all((p.device, p.dtype) == kind[1:] for p, kind in zip(self.parameters, self._kinds, strict=True))
+            and all(
+                p.requires_grad and (p.device, p.dtype) == kind[1:]
+                for p, kind in zip(self.parameters, self._kinds, strict=True)
+            )
         )
 
     def _is_last(self) -> bool:
@@ -138,7 +146,6 @@ class GradientProbe:
         places: dict[_Kind, list[int]] = {}
         for index, p in enumerate(self.parameters):
             places.setdefault((p.device, norm_dtype(p.dtype)), []).append(index)
-        self._ids = [id(p) for p in self.parameters]
         self._samples = [(self.parameters[members[0]], kind) for kind, members in places.items()]
         for (device, dtype), members in places.items():
             buffer, metric_buffer, sum_buffer = (NormBuffer(len(members), device, dtype) for _ in range(3))

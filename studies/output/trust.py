@@ -103,8 +103,23 @@ def overhead_section() -> str:
         "processes): 8 micro-batches of 256, 80 layers of width 128, unless the row says otherwise. `adaptbatch` "
         "measures every window (`listen=1.0`), `one window in four` is the default once the noise scale is known. Host "
         "reads and memory are above the same loop's; memory is the sum of all tensors newly allocated in a window.\n\n"
+        f"{_profile()}\n\n"
         "The estimates are unbiased: against the exact per-example covariance of a small network the mean over "
         f"{bias['windows'].iloc[0]:,} windows is off by at most {bias['bias %'].abs().max():.1f} % "
         f"and by no more than {bias['bias in SE'].abs().max():.1f} standard errors, with equal and unequal "
         f"micro-batches. `python -m studies overhead` measures all of this on your machine. {caption('overhead')}"
+    )
+
+
+def _profile() -> str:
+    """What each part of the controller takes."""
+    parts = pd.read_parquet(RESULTS / "overhead" / "profile.parquet")
+    parts["setting"] = parts["network"] + parts["measured"].map(lambda share: ", all" if share == 1.0 else ", 1 in 4")
+    said = [f"{us:,.0f} us ({100 * share:.2f} %)" for us, share in zip(parts["us"], parts["share"], strict=True)]
+    wide = parts.assign(said=said).pivot_table("said", "part", "setting", aggfunc="first")
+    wide = wide.loc[parts["part"].unique(), parts["setting"].unique()].reset_index()
+    cells: dict[str, Cell] = {name: f"{{{name}}}" for name in wide}
+    return (
+        f"Where a window's time goes, by the network and the windows that are measured (medians; what each part is "
+        f"says `studies/questions/overhead/profile.py`):\n\n{table(wide, cells)}"
     )

@@ -32,7 +32,7 @@ from studies.engine.networks import Autoencoder, ResidualLayer, fit_width
 from studies.engine.runner import Run, run_all
 from studies.engine.training import Task, evaluate, shuffled_passes, train
 from studies.questions import overhead, quick
-from studies.questions.overhead import accuracy, contenders
+from studies.questions.overhead import accuracy, contenders, profile
 from tests.processes import CONTEXT, start
 
 ROOT = Path(__file__).parents[2]
@@ -323,7 +323,7 @@ def test_ours_does_the_work_of_the_hand_written_loop(monkeypatch):
     monkeypatch.setattr(contenders, "STEPS", 2)
     start, x = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False), torch.rand(8, 784)
     ends = []
-    for name in ("hand-written loop", "adaptbatch", "adaptbatch, one window in four", "adaptbatch, no checks"):
+    for name in ("hand-written loop", "adaptbatch", "adaptbatch, one window in four"):
         net = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False)
         net.load_state_dict(start.state_dict())
         contenders.available()[name].make(net)(list(x.split(4)))
@@ -354,23 +354,29 @@ def test_every_network_has_its_loop_and_ours(setting):
     assert {one.baseline for one in own} == {f"loop, {setting}"}
 
 
-def test_checks_that_are_switched_off_notice_nothing():
-    net = Autoencoder(depth=8, widths=(16, 8), code=4, variational=False)
-    noticed = []
-    for checked in (True, False):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        c = ab.BatchController(net, optimizer, rule=ab.Fixed(2))
-        if not checked:
-            contenders._switch_off_checks(c)
-        c.backward(net.loss(torch.rand(4, 784)), weight=4)
-        for call in (optimizer.step, lambda: next(net.parameters()).grad.mul_(2.0), c.state_dict):
-            try:
-                call()
-            except RuntimeError as error:
-                noticed.append((checked, str(error)[:20]))
-        c.discard_window()
-        c.close()
-    assert noticed == [(True, "optimizer.step() was"), (True, "state_dict() found g")]
+def test_a_profile_is_all_of_a_window_each_second_once(monkeypatch):
+    """What is called counts for itself, not for its caller; what no part has belongs to the loop."""
+    now = [0.0]
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = profile.Clock("loop")
+    inner = clock.timed("inner", spend)
+    outer = clock.timed("outer", lambda: (spend(1.0), inner(10.0), inner(20.0), spend(2.0)))
+    spend(100.0)
+    outer()
+    assert clock.take() == {"loop": 100.0, "outer": 3.0, "inner": 30.0}
+
+
+def test_a_profile_has_every_part_and_leaves_no_clock():
+    before = {(owner, name): getattr(owner, name) for parts in profile.PARTS.values() for owner, name in parts}
+    table = profile.measure(2, networks=("one parameter, k = 8",))
+    assert {(owner, name): getattr(owner, name) for owner, name in before} == before
+    for _, own in table.groupby(["network", "measured"]):
+        assert own["part"].tolist() == list(profile.PARTS)
+        assert own["us"].ne(0.0).all()
 
 
 def _study(folder: str, open_while_it_runs: Connection) -> None:

@@ -68,7 +68,6 @@ def adaptbatch(
     loss: LossOf | None = None,
     clips: bool = False,
     trained: torch.nn.Module | None = None,
-    checked: bool = True,
     steps: int | None = None,
     listen: ab.estimate.Listen = 1.0,
     **options: Any,
@@ -77,8 +76,6 @@ def adaptbatch(
     limits, options["listen"] = ab.Limits(min_steps=steps or STEPS, max_steps=steps or STEPS), listen
     rule, optimizer, loss = ab.RelativeStandardError(), optimizer or _adam(model), loss or model.loss
     controller = ab.BatchController(trained or model, optimizer, rule=rule, limits=limits, **options)
-    if not checked:
-        _switch_off_checks(controller)
 
     # One epoch of many windows, as in training: ranks vote at its start, not at each window's.
     endless: Iterator[Tensor] = iter(())
@@ -98,18 +95,6 @@ def adaptbatch(
     # For whoever counts its reads as those of a GPU.
     window.controller = controller  # type: ignore[attr-defined]
     return window
-
-
-def _switch_off_checks(controller: Any) -> None:
-    """Nobody looks whether gradients were written to, or the optimizer stepped, by somebody else."""
-    for name in ("_close_seal", "require_first", "require_untouched"):
-        setattr(controller._accumulator, name, lambda *_, **__: None)
-    controller._stepper.gate.close()
-
-
-def adaptbatch_unchecked(model: Autoencoder) -> Window:
-    """The controller without its checks, which is not to be had: what they cost."""
-    return adaptbatch(model, checked=False)
 
 
 def adaptbatch_ghost(model: Autoencoder, **options: Any) -> Window:
@@ -304,8 +289,6 @@ CONTENDERS = {
     "empty hooks": Contender(empty_hooks),
     "adaptbatch": Contender(adaptbatch),
     "adaptbatch, one window in four": _less(adaptbatch),
-    # Of the controller without its checks the ratio falls short of one by what they cost.
-    "adaptbatch, no checks": Contender(adaptbatch_unchecked, "adaptbatch"),
     "adaptbatch, ghost norms": Contender(adaptbatch_ghost),
     "adaptbatch, ghost norms, one window in four": _less(adaptbatch_ghost),
     "adaptbatch, Adam's metric": Contender(adaptbatch_metric),
