@@ -86,8 +86,8 @@ def gradient_norms(parameters: Sequence[Parameter]) -> list[Tensor]:
     """The norms of all gradients, or of this rank's parts of them, those of one device and type in one tensor."""
     kinds: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
     for p in parameters:
-        if p.grad is not None:
-            grad = local_part(p.grad)
+        if (grad := p.grad) is not None:
+            grad = grad if type(grad) is Tensor else local_part(grad)
             kinds.setdefault((grad.device, grad.dtype, grad.is_sparse), []).append(grad)
     return [_norms_of(grads) for grads in kinds.values()]
 
@@ -112,12 +112,11 @@ def gradient_stamps(parameters: Sequence[Parameter]) -> list[tuple[int, int] | N
         >>> gradient_stamps([weight]) == before
         False
     """
-    return [None if g is None else (id(g), _writes(g)) for g in (p.grad for p in parameters)]
-
-
-def _writes(grad: Tensor) -> int:
-    # To a sharded gradient they count in the DTensor, to its local part there.
-    return grad._version if type(grad) is Tensor else grad._version + local_part(grad)._version
+    return [
+        # Writes to a sharded gradient count in the DTensor, those to its local part there.
+        None if g is None else (id(g), g._version if type(g) is Tensor else g._version + local_part(g)._version)
+        for g in (p.grad for p in parameters)
+    ]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Siblings of the faults in test_faults.py: other programs that meet the same kind, right to rounding or refused."""
+"""Siblings of the faults beside this file: other programs of the same kinds, right to rounding or refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader, Dataset
 
 import adaptbatch as ab
-from tests.controller.test_faults import controlled, goes_on
+from tests.controller.programs import controlled, goes_on
 from tests.models import batches, sgd, small_model, squared
 
 
