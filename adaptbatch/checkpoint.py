@@ -94,7 +94,7 @@ def take(controller: BatchController) -> dict[str, Any]:
     sums = c._sensor.sums
     measured = {
         "gradients": c._accumulator.copies(),
-        "sums": dict(sums) if is_open else None,
+        "sums": sums.copies() if is_open else None,
         "cells": sums.cells if is_open else 0,
         **c._sensor.state_dict(),
     }
@@ -156,7 +156,7 @@ def _put_window(controller: BatchController, found: Checkpoint) -> None:
     window, sums = found.window, found.sensor.sums
     window.scale = None if window.scale is None else window.scale.to(device)
     c._accumulator.window = window
-    c._sensor.sums = Sums({name: value.to(device) for name, value in sums.items()}, found.sensor.cells)
+    c._sensor.sums = Sums({name: value.to(device, copy=True) for name, value in sums.items()}, found.sensor.cells)
     if not window.due:
         c._guard_window()
 

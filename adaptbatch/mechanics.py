@@ -157,6 +157,8 @@ class WindowMechanics(ABC):
         window.ended = self._stream.last
         if window.ended or window.micro_batches >= self.accumulation_steps:
             self._complete()
+        else:
+            self._accumulator.seal()
 
     def _open_window(self, loss: Tensor, weight: float, unscales: bool) -> None:
         self._attach()

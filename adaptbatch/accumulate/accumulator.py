@@ -101,7 +101,7 @@ class Accumulator:
         window.reference *= factor
         if window.micro_batches:
             divide_gradients_(self.parameters(), factor)
-            self._close_seal()
+            self.seal()
         return factor
 
     def require_arrived(self, silent: bool) -> None:
@@ -137,9 +137,8 @@ class Accumulator:
             self.suspicion.refuse_if(off, MISMATCH)
 
     def add(self, weight: float) -> None:
-        """A micro-batch of that weight is in ``.grad`` now."""
+        """A micro-batch of that weight is in ``.grad`` now; :meth:`seal` it, or :meth:`divide`."""
         self.window.broken = False
-        self._close_seal()
         self.window.add(weight)
 
     def divide(self) -> float:
@@ -152,7 +151,7 @@ class Accumulator:
     def mark_mean(self) -> None:
         """``.grad`` is the mean now; what changes it from here on is clipping, or wrong."""
         self._mean_stamps = gradient_stamps(self.parameters())
-        self._close_seal()
+        self.seal()
         self.window.broken, self.window.due = False, True
 
     def applied_sq_norm(self, batch: Tensor, elsewhere: bool) -> Tensor | None:
@@ -231,7 +230,8 @@ class Accumulator:
         # Communication in half precision rounds on the way.
         return 0.03 if self._ranks.several else rounding(self.parameters(), micro_batches)
 
-    def _close_seal(self) -> None:
+    def seal(self) -> None:
+        """Whatever writes to gradients from here on is somebody else."""
         self._seal.close(self.parameters(), self._turn, self.suspicion.reads_now)
 
     # --- checkpoint -----------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Accumulator:
             # Parameters that were added since it was found to fit have none.
             for p, gradient in zip(self.parameters(), gradients, strict=False):
                 p.grad = None if gradient is None else gradient.to(p.device, p.dtype, copy=True)
-        self._close_seal()
+        self.seal()
         # Whether what was saved of a due window had been clipped is not known: it is measured.
         self._mean_stamps = None
 

@@ -29,6 +29,11 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What sums are taken in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def gradient_norm(grad: Tensor, out: Tensor | None = None) -> Tensor:
     """Euclidean norm, at least in float32, of any layout; duplicate sparse entries are added first."""
     dtype = torch.float32 if grad.dtype in HALF else None
@@ -42,8 +47,7 @@ def gradient_norm(grad: Tensor, out: Tensor | None = None) -> Tensor:
 def sum_of_squares(norms: Sequence[Tensor]) -> Tensor:
     """``sum |x_i|^2`` of all entries, in float64 where the device has it: float32 overflows above 1e19."""
     first = norms[0].device
-    wide = torch.float32 if first.type == "mps" else torch.float64
-    sums = [torch.linalg.vector_norm(norm, dtype=wide).square() for norm in norms]
+    sums = [torch.linalg.vector_norm(norm, dtype=wide_dtype(norm.device)).square() for norm in norms]
     return sums[0] if len(sums) == 1 else torch.stack([each.to(first) for each in sums]).sum()
 
 

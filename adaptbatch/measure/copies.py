@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from adaptbatch.accumulate.gradients import wide_dtype
+
 
 class WindowGradients:
     """Keeps what ``.grad`` was after each micro-batch of a window: ``K`` copies of the gradient.
@@ -95,8 +97,7 @@ def inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Ten
     pairs = [(x, y) for x, y in zip(a, b, strict=False) if x is not None and y is not None]
     dots = [torch.dot(_wide(x).flatten(), _wide(y).flatten()) for x, y in pairs]
     first = dots[0].device
-    wide = torch.float32 if first.type == "mps" else torch.float64
-    return torch.stack([dot.to(first, wide) for dot in dots]).sum()
+    return torch.stack([dot.to(first, wide_dtype(first)) for dot in dots]).sum()
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -218,22 +218,22 @@ class Sensor:
             sums.cells += 1 if isinstance(probe, GradientProbe) else round(weight)
         elif isinstance(probe, GradientProbe):
             sq_norm = probe.take_sq_norm() if sq_norm is None else sq_norm
-            sums.add("weighted", sq_norm * factor)
+            sums.add("weighted", sq_norm, factor)
             sums.cells += 1
             in_metric = probe.sq_norm_in_metric()
             if in_metric is not None and self._scales is not None:
-                sums.add("metric_weighted", in_metric * factor)
+                sums.add("metric_weighted", in_metric, factor)
         else:
             sq_norms = probe.take_example_sq_norms()
             require_examples(weight, len(sq_norms))
             # Of each example's share in that gradient, 1 / reference times its own.
             sq_norm = sq_norms.sum()
-            sums.add("weighted", sq_norm * reference**2)
+            sums.add("weighted", sq_norm, reference**2)
             sums.cells += len(sq_norms)
         if loss is not None:
             # One element may come with dimensions.
             mean = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-            sums.add("loss_sum", (mean.double() if sq_norm is None else mean.to(sq_norm)) * weight)
+            sums.add("loss_sum", mean, weight)
 
     def keep(self, weight: float, reference: float, total: float) -> None:
         """What is kept of the gradient accumulated so far, where a rule or the ranks ask for it.

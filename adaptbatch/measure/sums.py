@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from adaptbatch.accumulate.gradients import wide_dtype
 from adaptbatch.schema import GRADIENTS, Count, each, named, none_or, number, tensor
 
 
@@ -55,7 +56,7 @@ class Sums(dict[str, Tensor]):
 
         >>> sums = Sums(cells=2)
         >>> for length in (4.0, 8.0):
-        ...     sums.add("weighted", torch.tensor(length) ** 2)
+        ...     sums.add("weighted", torch.tensor(length * length))
         >>> sums["batch"] = torch.tensor(144.0)
         >>> sums.unscale(torch.tensor(2.0), accumulated=True)
         >>> sums.divide(2.0)
@@ -67,9 +68,17 @@ class Sums(dict[str, Tensor]):
         super().__init__(named or {})
         self.cells = cells
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add to what is there."""
-        self[name] = self[name] + value if name in self else value
+    def add(self, name: str, value: Tensor, factor: float = 1.0) -> None:
+        """Add ``factor * value`` to what is there, in place."""
+        there = self.get(name)
+        if there is None:
+            self[name] = value.to(wide_dtype(value.device)) * factor
+        else:
+            there.add_(value.to(there.device), alpha=factor)
+
+    def copies(self) -> dict[str, Tensor]:
+        """What is there now, whatever is added later."""
+        return {name: value.clone() for name, value in self.items()}
 
     def unscale(self, scale: Tensor | None, accumulated: bool) -> None:
         """Take the loss scale out.

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adaptbatch.accumulate.gradients import wide_dtype
+
 # Elements of the largest intermediate; more examples than fit are taken in turns.
 CHUNK = 2**24
 
@@ -105,4 +107,4 @@ def direct_sq_norms(deltas: Tensor, inputs: Tensor) -> Tensor:
 
 def wide(values: Tensor) -> Tensor:
     """float64 where the device has it: the square of a float32 norm above 1e19 overflows."""
-    return values if values.device.type == "mps" else values.double()
+    return values.to(wide_dtype(values.device))

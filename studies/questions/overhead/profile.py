@@ -56,7 +56,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     ),
     "norms agree": ((Accumulator, "require_first"), (SizedLoop, "_require_consistent")),
     "untouched": (
-        (Accumulator, "_close_seal"),
+        (Accumulator, "seal"),
         (Accumulator, "require_untouched"),
         (Accumulator, "require_arrived"),
         (Accumulator, "require_clear"),
