@@ -123,3 +123,40 @@ def _profile() -> str:
         f"Where a window's time goes, by the network and the windows that are measured (medians; what each part is "
         f"says `studies/questions/overhead/profile.py`):\n\n{table(wide, cells)}"
     )
+
+
+def planning_section() -> str:
+    """What one run foretold of every other batch, beside what tuned fixed batches took."""
+    folder = RESULTS / "planning"
+    foretold, claims = (pd.read_parquet(folder / f"{name}.parquet") for name in ("predictions", "claims"))
+    blind = pd.read_parquet(folder / "blind.parquet")
+    columns: dict[str, Cell] = {
+        "task": "{task}",
+        "batch": "{batch:,.0f}",
+        "updates it took": known("updates", ",.0f"),
+        "foretold (95 %)": lambda row: _between(row, "predicted", ",.0f"),
+        "calibrated by branches": known("calibrated", ",.0f"),
+    }
+    verdicts: dict[str, Cell] = {
+        "": "{claim}",
+        "claim": "{what}",
+        "task": "{where}",
+        "value (95 %)": lambda row: _between(row, "value", ".2f"),
+        "verdict": "{verdict}",
+    }
+    errors = blind.groupby("predictor", sort=False)["error"].agg(["min", "max"])
+    beside = " and ".join(
+        f"{way.removeprefix('as many ')} {number(low, '.2f')}" + (f" to {number(high, '.2f')}" if high != low else "")
+        for way, (low, high) in zip(errors.index, errors.to_numpy(float), strict=True)
+    )
+    return (
+        f"{table(foretold, columns)}\n\n"
+        f"From one run at {foretold['start'].iloc[0]:.0f} examples a step: updates that a tuned fixed batch takes to "
+        f"the loss at which that run ended, each decaying its rate over its own budget, and what `ab.plan` made of the "
+        f"run's noise. Whoever expects as many updates, or as many examples, at every batch is off by a factor of "
+        f"{beside} (in that order, the median over batches).\n\n{table(claims, verdicts)}"
+    )
+
+
+def _between(row: pd.Series, name: str, form: str) -> str:
+    return f"{number(row[name], form)} ({number(row['low'], form)} to {number(row['high'], form)})"
