@@ -100,11 +100,13 @@ class StandardError(Composable):
         target = estimate.batch_with_error(pair.noise_trace, level, progress.population)
         move = towards(target, progress, limits)
         if move.accumulation_steps > progress.accumulation_steps:
-            sure = self._excess(pair, level, progress.global_batch, progress) > self.z_grow
+            excess, error = _excess(pair, level, progress.global_batch, progress)
+            sure = excess > self.z_grow * error
         elif move.accumulation_steps < progress.accumulation_steps:
             after = move.accumulation_steps * progress.step_examples
-            waited = progress.examples_since_change >= self.dead_time
-            sure = waited and self._excess(pair, level, after, progress) <= -self.z_shrink
+            excess, error = _excess(pair, level, after, progress)
+            # Exactly enough is enough.
+            sure = progress.examples_since_change >= self.dead_time and excess <= -self.z_shrink * error
         else:
             sure = True
         return move if sure else Decision(progress.accumulation_steps, target, "undecided")
@@ -116,8 +118,9 @@ class StandardError(Composable):
         assert self.reference_batch is not None
         return evidence.typical.noise_trace * evidence.level / self.reference_batch
 
-    def _excess(self, pair: NoiseEstimate, level: float, batch: float, progress: Progress) -> float:
-        """``D(batch)`` in its standard errors."""
-        share = estimate.inverse_size(batch, progress.population)
-        excess, error = share * pair.noise_trace - level, share * math.sqrt(max(pair.var_noise_trace, 0.0))
-        return excess / error if error > 0.0 else math.copysign(math.inf, excess)
+
+def _excess(pair: NoiseEstimate, level: float, batch: float, progress: Progress) -> tuple[float, float]:
+    """``D(batch) = phi tr(Sigma) - level^2`` and its standard error, zero where that is not known."""
+    share = estimate.inverse_size(batch, progress.population)
+    variance = pair.var_noise_trace
+    return share * pair.noise_trace - level, share * math.sqrt(variance) if variance > 0.0 else 0.0

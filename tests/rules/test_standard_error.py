@@ -25,6 +25,7 @@ def pooled(trace: float, windows: float = 20.0, variance: float = 0.0, level: fl
 
 class TestStandardError:
     @given(trace=st.floats(1.0, 1e9), target=st.floats(1e-2, 1e3))
+    @example(trace=32.0, target=0.5)  # a micro-batch less is exactly enough
     def test_the_batch_has_the_wanted_error_and_one_micro_batch_less_has_not(self, trace: float, target: float):
         decision = decide(ab.StandardError(target=target), pooled(trace), AT, WIDE)
         steps = decision.accumulation_steps
