@@ -13,7 +13,7 @@ from studies.engine.analysis import summary
 from studies.engine.provenance import caption, warn
 from studies.engine.results import RESULTS
 from studies.output.markdown import Cell, interval, known, markdown, spread, table
-from studies.output.trust import calibration_section, loop_section, overhead_section
+from studies.output.trust import calibration_section, loop_section, overhead_section, planning_section
 from studies.output.verdicts import VERDICTS, counted
 
 ROOT = Path(__file__).parents[2]
@@ -275,6 +275,7 @@ def _found(verdicts: pd.DataFrame) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "short": short_section,
     "live": live_section,
+    "planning": planning_section,
     "quick": quick_section,
     "comparison": comparison_section,
     "studies": studies_section,
