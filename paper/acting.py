@@ -1,4 +1,4 @@
-"""The studies in which the controller acts, in figures: live, bursts."""
+"""The studies in which the controller acts, and is a plan true, in figures: live, bursts, planning."""
 
 from __future__ import annotations
 
@@ -107,3 +107,42 @@ def bursts(ledger: Ledger) -> None:
     holds("1024 ends higher than the lowered rate", set(dear["verdict"]) == {"not supported"})
     where = {"claim": "C2", "what": str(dear["what"].iloc[0])}
     ledger.interval("bursts.dear", "bursts/claims", "value", ".2f", **where)
+
+
+def planning(ledger: Ledger) -> None:
+    """What one run foretells of every other batch, beside what tuned ones took."""
+    place, task = "planning/predictions", "calm, mnist"
+    found = ledger.frame(place)
+    rows = [
+        [
+            shown(row["batch"], ",.0f"),
+            shown(row["updates"], ",.0f"),
+            spread(row["predicted"], row["low"], row["high"], ",.0f"),
+            shown(row["updates"] / row["predicted"], ".2f"),
+            shown(row["calibrated"], ",.0f"),
+        ]
+        for row in found.to_dict("records")
+    ]
+    ledger.table("planning", place, ["batch", "updates", "foretold (95 %)", "ratio", "calibrated"], rows)
+    ledger.cell("planning.start", place, "start", ".0f", batch=64)
+    ledger.cell("planning.B", place, "B", ".0f", batch=64)
+    off = (found["updates"] / found["predicted"]).set_axis(found["batch"])
+    near = off[off.index <= 256]
+    said = f"{place}: smallest and largest updates over predicted, batch up to 256"
+    ledger.add("planning.near", f"{near.min():.2f} to {near.max():.2f}", said)
+    for batch in (512, 1024):
+        ledger.add(f"planning.{batch}", f"{off[batch]:.2f}", f"{place}: updates over predicted, batch = {batch}")
+    holds("one task is finished", set(found["task"]) == {task})
+    claims = ledger.frame("planning/claims")
+    for claim, words in {"P1": "as a factor, is below", "P1 calibrated": "calibrated"}.items():
+        what = str(claims.loc[claims["what"].str.contains(words), "what"].iloc[0])
+        ledger.interval(f"planning.{claim}", "planning/claims", "value", ".2f", what=what)
+        holds(f"{claim} is supported", ledger.row("planning/claims", {"what": what})["verdict"] == "supported")
+    for devices, verdict in ((8, "supported"), (64, "not supported")):
+        what = f"time of the recommended batch over the best's, devices: {devices}, is below 1.10"
+        row = ledger.row("planning/claims", {"what": what})
+        holds(f"P3 on {devices} devices: {verdict}", row["verdict"] == verdict)
+        ledger.interval(f"planning.P3 {devices}", "planning/claims", "value", ".2f", what=what)
+    for channel in ("euclidean", "adam", "typical"):
+        what = f"critical batch over B, {channel}: scatter is below 2"
+        ledger.interval(f"planning.{channel}", "planning/claims", "value", ".1f", what=what)

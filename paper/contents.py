@@ -10,7 +10,7 @@ from paper.ledger import Ledger, spread
 from studies.output.verdicts import VERDICTS, counted
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("live", "bursts", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")
+CLAIMED = ("live", "bursts", "planning", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")
 
 
 def fill(ledger: Ledger) -> None:
@@ -43,6 +43,7 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     method.cost,
     acting.live,
     acting.bursts,
+    acting.planning,
     comparison.protocol,
     comparison.arms,
     findings.origin,

@@ -47,6 +47,7 @@ def short_section() -> str:
     always, settled = (_cost(cost.loc[name]) for name in ("adaptbatch", "adaptbatch, one window in four"))
     sentences = [
         _what_it_saves(),
+        _what_it_foretells(),
         *_where_it_helps(arms, len(runs)),
         f"Of what all studies claimed before their runs, {counts['supported']} cases are supported, "
         f"{counts['not supported']} are not, and {counts['undecided']} are undecided.",
@@ -159,6 +160,20 @@ def _where_it_helps(arms: pd.DataFrame, runs: int) -> list[str]:
             f"{_ratio(rows.loc[best, 'of best fixed'])}."
         )
     return sentences
+
+
+def _what_it_foretells() -> str:
+    """How far one run's plan was from what every batch took."""
+    found = pd.read_parquet(RESULTS / "planning" / "predictions.parquet").query("task == 'calm, mnist'")
+    off = found["updates"] / found["predicted"]
+    near = found["batch"] <= 3.0 * found["B"]
+    return (
+        f"From one run at {found['start'].iloc[0]:.0f} examples a step on that network, `ab.plan` foretold how many "
+        f"updates batches of {found['batch'].min():.0f} to {found.loc[near, 'batch'].max():.0f}, each tuned, take to "
+        f"the same loss: they took {off[near].min():.2f} to {off[near].max():.2f} of that. Beyond, it is too hopeful: "
+        f"{' and '.join(f'{n:,.0f}' for n in found.loc[~near, 'batch'])} took "
+        f"{' and '.join(f'{ratio:.2f}' for ratio in off[~near])}."
+    )
 
 
 def _what_it_saves() -> str:
