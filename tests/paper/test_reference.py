@@ -81,7 +81,7 @@ def test_an_equation_that_cannot_be_read_ends_the_build(tmp_path, monkeypatch):
 
 def test_the_tables_of_results_are_in_the_manual(built):
     page = (built.parent / "manual" / "trust.html").read_text()
-    assert page.count('class="numbers') == 2
+    assert page.count('class="numbers') == 3
     assert "torch-gqc" in page
 
 
