@@ -132,6 +132,15 @@ def planning(ledger: Ledger) -> None:
     ledger.add("planning.near", f"{near.min():.2f} to {near.max():.2f}", said)
     for batch in (512, 1024):
         ledger.add(f"planning.{batch}", f"{off[batch]:.2f}", f"{place}: updates over predicted, batch = {batch}")
+    runs = ledger.frame("planning/runs").groupby("batch")[["lr", "warmup"]].first()
+    for batch in (256, 1024):
+        said = f"planning/runs: lr of batch {batch}"
+        ledger.add(f"planning.rate {batch}", f"{runs.loc[batch, 'lr']:.3g}", said)
+    holds("batches from 64 to 256 have a warm-up", bool((runs.loc[64:256, "warmup"] > 0.0).all()))
+    holds("larger ones have none, and lower rates", bool((runs.loc[512:, "warmup"] == 0.0).all()))
+    holds("tuned rates fall beyond 256", runs.loc[256:, "lr"].is_monotonic_decreasing)
+    scale = float(found["B"].iloc[0])
+    holds("256 is up to three times the noise scale, 512 beyond", 256 <= 3 * scale < 512)
     holds("one task is finished", set(found["task"]) == {task})
     claims = ledger.frame("planning/claims")
     for claim, words in {"P1": "as a factor, is below", "P1 calibrated": "calibrated"}.items():

@@ -170,9 +170,9 @@ def _what_it_foretells() -> str:
     return (
         f"From one run at {found['start'].iloc[0]:.0f} examples a step on that network, `ab.plan` foretold how many "
         f"updates batches of {found['batch'].min():.0f} to {found.loc[near, 'batch'].max():.0f}, each tuned, take to "
-        f"the same loss: they took {off[near].min():.2f} to {off[near].max():.2f} of that. Beyond, it is too hopeful: "
+        f"the same loss: they took {off[near].min():.2f} to {off[near].max():.2f} of that. Beyond, it was too hopeful: "
         f"{' and '.join(f'{n:,.0f}' for n in found.loc[~near, 'batch'])} took "
-        f"{' and '.join(f'{ratio:.2f}' for ratio in off[~near])}."
+        f"{' and '.join(f'{ratio:.2f}' for ratio in off[~near])}, without the warm-up that the others had to choose."
     )
 
 
