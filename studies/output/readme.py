@@ -165,6 +165,7 @@ def _where_it_helps(arms: pd.DataFrame, runs: int) -> list[str]:
 def _what_it_foretells() -> str:
     """How far one run's plan was from what every batch took."""
     found = pd.read_parquet(RESULTS / "planning" / "predictions.parquet").query("task == 'calm, mnist'")
+    runs = pd.read_parquet(RESULTS / "planning" / "runs.parquet").query("task == 'calm, mnist' and warmup > 0")
     off = found["updates"] / found["predicted"]
     near = found["batch"] <= 3.0 * found["B"]
     return (
@@ -172,7 +173,8 @@ def _what_it_foretells() -> str:
         f"updates batches of {found['batch'].min():.0f} to {found.loc[near, 'batch'].max():.0f}, each tuned, take to "
         f"the same loss: they took {off[near].min():.2f} to {off[near].max():.2f} of that. Beyond, it was too hopeful: "
         f"{' and '.join(f'{n:,.0f}' for n in found.loc[~near, 'batch'])} took "
-        f"{' and '.join(f'{ratio:.2f}' for ratio in off[~near])}, without the warm-up that the others had to choose."
+        f"{' and '.join(f'{ratio:.2f}' for ratio in off[~near])}, without the warm-up that "
+        f"{runs['batch'].min():.0f} to {runs['batch'].max():.0f} had to choose."
     )
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from studies.device.timing import median_interval
 from studies.questions.overhead.contenders import RANKS_CONTENDERS, Contender, available, baseline
 from studies.questions.overhead.settings import SETTINGS
 
@@ -178,19 +178,9 @@ def ratios(seconds: pd.DataFrame) -> pd.DataFrame:
     ratio = pd.DataFrame({name: wide[name] / wide[baseline(name)] for name in wide})
     rows = []
     for name in seconds["contender"].unique():
-        own = ratio[name].dropna().to_numpy()
-        draws = np.random.default_rng(0).integers(len(own), size=(2000, len(own)))
-        medians = np.median(own[draws], axis=1)
-        low, high = np.quantile(medians, [0.025, 0.975])
-        rows.append(
-            {
-                "contender": name,
-                "window ms": 1e3 * wide[name].median(),
-                "ratio": ratio[name].median(),
-                "ratio low": low,
-                "ratio high": high,
-            }
-        )
+        middle, low, high = median_interval(ratio[name].dropna().to_numpy())
+        row = {"contender": name, "window ms": 1e3 * wide[name].median()}
+        rows.append(row | {"ratio": middle, "ratio low": low, "ratio high": high})
     return pd.DataFrame(rows)
 
 

@@ -12,11 +12,11 @@ decision     pooling, estimate, rule
 record       the row of the history
 ===========  ===========================================================================================
 
-On a CPU nothing is asynchronous: the seconds within a function are what it costs, but for what it drives out of the
-caches. On the 80-layer network most of what is added is norms, which read every gradient once more. Once one window in
-four is measured that is a third of it, and the rest is host work that a layer's weights and activations have driven out
-of the caches since the micro-batch before: :meth:`backward` and :meth:`step` do the same for the model of one parameter
-in a sixth of the time.
+What hands out the micro-batches, a generator, is in the loop's part. On a CPU nothing is asynchronous: the seconds
+within a function are what it costs, but for what it drives out of the caches. On the 80-layer network most of what is
+added is norms, which read every gradient once more. Once one window in four is measured that is a third of it, and the
+rest is host work that a layer's weights and activations have driven out of the caches since the micro-batch before:
+:meth:`backward` and :meth:`step` do the same for the model of one parameter in a sixth of the time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -41,6 +40,7 @@ from adaptbatch.measure.sums import Sums
 from adaptbatch.optimizer.step import Stepper
 from adaptbatch.sizing import SizedLoop
 from adaptbatch.state import State
+from studies.device.timing import median_interval
 from studies.questions.overhead.contenders import EVERY, adaptbatch
 from studies.questions.overhead.settings import SETTINGS
 
@@ -72,7 +72,7 @@ PARTS: dict[str, tuple[tuple[type, str], ...]] = {
         (Sums, "divide"),
         (Accumulator, "divide"),
     ),
-    "backward()": ((BatchController, "backward"), (BatchController, "micro_batches")),
+    "backward()": ((BatchController, "backward"),),
     "step()": ((BatchController, "step"),),
     "decision": ((State, "advance"),),
     "record": ((History, "append"), (History, "fill")),
@@ -169,9 +169,9 @@ def measure(windows: int = 100, networks: Sequence[str] = NETWORKS) -> pd.DataFr
             found = pd.DataFrame(_windows(network, listen, windows)).fillna(0.0)
             share = found.div(found.sum(axis=1), axis=0)
             for part in PARTS:
-                low, high = _interval(share[part].to_numpy())
+                middle, low, high = median_interval(share[part].to_numpy())
                 row = {"network": network, "measured": listen, "part": part, "us": 1e6 * found[part].median()}
-                rows.append(row | {"share": share[part].median(), "low": low, "high": high})
+                rows.append(row | {"share": middle, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -189,9 +189,3 @@ def _windows(network: str, listen: float, windows: int) -> Iterator[dict[str, fl
             for _ in range(turn):
                 window(batches)
             yield {part: seconds / turn for part, seconds in clock.take().items()}
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
-    low, high = np.quantile(np.median(values[draws], axis=1), [0.025, 0.975])
-    return float(low), float(high)
