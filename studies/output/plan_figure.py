@@ -213,17 +213,21 @@ def _by_devices(axes: Axes, plans: list[Plan]) -> None:
     """Seconds of every batch by devices, over those of the best on one, and what is recommended."""
     first = plans[0]
     least = _seconds(first, first.table["batch"], 1).min()
+    lowest = 1.0
     for colour, plan in zip(("#999999", "#56B4E9", "#0072B2"), plans, strict=True):
         count, recommended = plan.recommended.devices, plan.recommended.batch
         held = plan.table["batch"][plan.table["batch"] >= count]
-        axes.plot(held, _seconds(plan, held, count) / least, color=colour, lw=1.8)
+        seconds = _seconds(plan, held, count) / least
+        lowest = min(lowest, seconds.min())
+        axes.plot(held, seconds, color=colour, lw=1.8)
         at = float(_seconds(plan, pd.Series([recommended]), count).iloc[0] / least)
         axes.plot(recommended, at, "D", color=colour, markersize=6)
         said = f"{count} device{'s' * (count > 1)}: take {recommended:,.0f}"
         place = (0, 11) if count < max(SIDE) else (0, -14)
         axes.annotate(said, (recommended, at), place, textcoords="offset points", fontsize=8, ha="center")
     axes.set_title("Seconds, over the best on one device", fontsize=9)
-    _axes_of_factors(axes, first.table["batch"], 8.0, bottom=0.12)
+    # Room for what is said of the fastest.
+    _axes_of_factors(axes, first.table["batch"], 8.0, bottom=0.6 * lowest)
     axes.set_xlabel(f"batch [examples]; several devices: {1000 * SYNC:.0f} ms a synchronisation")
 
 
