@@ -49,9 +49,9 @@ Plan, on one core that takes 20 ms a pass of 16 examples: calm MNIST with the de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -296,16 +296,17 @@ def _controls(setting: Setting, scale: Scale, rates: dict[int, float], seeds: ra
     arm = method.arm(rates[START], setting.schedule(scale))
     for seed in seeds:
         recorded = found.get(labelled("final", setting, scale, arm, (seed - 1) % len(seeds)))
-        if recorded is None:
-            continue
-        k = recorded_steps(recorded)
-        mean = max(1, round(recorded["mean_batch"] / MICRO_BATCH))
-        variants = {
-            "replay": replace(arm, rule=ab.rules.Replay(tuple(k.tolist()))),
-            "constant mean": replace(arm, rule=ab.Fixed(mean)),
-        }
-        for name, variant in variants.items():
-            yield labelled("final", setting, scale, replace(variant, name=name), seed)
+        yield from (
+            labelled("final", setting, scale, each, seed) for each in without_feedback(arm, recorded, MICRO_BATCH)
+        )
+
+
+def without_feedback(arm: Arm, recorded: Mapping[str, Any] | None, micro_batch: int) -> Iterator[Arm]:
+    """An arm with the batches of a run of it, or with their mean; none while that run is not finished."""
+    if recorded is not None:
+        mean = max(1, round(recorded["mean_batch"] / micro_batch))
+        yield replace(arm, name="replay", rule=ab.rules.Replay(tuple(recorded_steps(recorded).tolist())))
+        yield replace(arm, name="constant mean", rule=ab.Fixed(mean))
 
 
 TASK = ["network", "data", "rate"]
@@ -341,7 +342,7 @@ def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
         runs = final[(final[TASK] == list(names)).all(axis=1)]
         rows += _annealing(runs, where)
         if home:
-            rows += _feedback(own, where)
+            rows += feedback("V5", own, where, CONTROLS)
     return pd.DataFrame(rows)
 
 
@@ -369,14 +370,13 @@ def _annealing(runs: pd.DataFrame, where: str) -> list[dict[str, object]]:
     return rows
 
 
-def _feedback(own: pd.DataFrame, where: str) -> list[dict[str, object]]:
-    """V5: what the controls leave, draw by draw, on the same frontier."""
+def feedback(claim: str, own: pd.DataFrame, where: str, controls: Sequence[str]) -> list[dict[str, object]]:
+    """What the controls leave, draw by draw, on the same frontier; ``own`` by arm."""
     rows = []
-    for control in CONTROLS:
+    for control in controls:
         if control in own.index and "over" in own:
             said = f"updates ratio of {PRIMARY} over that of {control} is below 1"
-            found = bootstrapped(own.loc[control], "over")
-            rows.append(claim_row("V5", said, where, found, arm=own.loc[PRIMARY]))
+            rows.append(claim_row(claim, said, where, bootstrapped(own.loc[control], "over"), arm=own.loc[PRIMARY]))
     return rows
 
 

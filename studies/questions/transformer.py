@@ -23,6 +23,10 @@ Registered before its runs, after pilots of one or two seeds that are not among 
   characters (4,096, then 512), and one that :class:`adaptbatch.StandardError` opens large, end at a mean loss within 1
   % of what the warm-up gives at its best rate, and do so over as many rates.
 * L4: ``theta 0.7, root`` and ``pareto 2048, root`` are within 3 % of the loss that the frontier has at their updates.
+* L5 (registered once four seeds of L1 had been seen, before a run of its own): it is feedback. The updates ratio of
+  ``theta 0.7, root`` at 1 million is below that of its batches replayed on another seed, of the constant batch of the
+  same mean, and of ramps, linear and exponential, from where it starts to where it ended on these four, 32
+  micro-batches.
 
 Plan, on one core: 1 million, pre-LN and post-LN, 1.5 hours each; 4 million pre-LN 5; warm-up 1; 16 million 3.
 """
@@ -45,6 +49,7 @@ from studies.engine.tuning import Search, beside
 from studies.output.front_figure import figure_of
 from studies.output.fronts import bootstrapped, claim_row, compare_tasks
 from studies.output.statistics import Interval, ratio
+from studies.questions import live
 from studies.questions.live import Method
 
 NAME = "transformer"
@@ -134,7 +139,9 @@ METHODS: tuple[Method, ...] = (
     *_both("theta 1", ab.RelativeStandardError(1.0)),
     Method("pareto 16384", ab.Pareto(PRICES[1]), start=START),
 )
-PRIMARY = ("theta 0.7, root", "pareto 2048, root")
+PRIMARY = (live.PRIMARY, "pareto 2048, root")
+RAMPS = {f"{shape} ramp": shape for shape in ("linear", "exponential")}
+CONTROLS = ("replay", "constant mean", *(f"{name}, root" for name in RAMPS))
 
 
 def plan(options: Options, found: Found) -> list[Run]:
@@ -142,10 +149,12 @@ def plan(options: Options, found: Found) -> list[Run]:
     scale = SCALES[options.preset]
     seeds = range(options.seeds or scale.seeds)
     if options.preset == "smoke":
-        return [*_setting(POST, scale, seeds, found), *_warming(POST, scale)]
+        parts = _setting(POST, scale, seeds, found), _controls(POST, scale, seeds, found), _warming(POST, scale)
+        return [run for part in parts for run in part]
     runs: list[Run] = []
     for part in (
         _setting(SMALL, scale, seeds, found),
+        _controls(SMALL, scale, seeds, found),
         _warming(POST, scale),
         _warming(SMALL, scale),
         _setting(Setting(4), scale, seeds, found),
@@ -173,8 +182,26 @@ def _reported(setting: Setting, scale: Scale, rates: dict[int, float], start: fl
     for seed in seeds:
         yield from (fixed_run(setting, scale, n, lr, seed) for n, lr in rates.items())
         for method in METHODS:
-            arm = replace(method.arm(start, setting.schedule(scale)), optimizer="adamw", beta2=0.99)
-            yield _run("final", setting, scale, arm, seed)
+            yield _run("final", setting, scale, _arm(method, setting, scale, start), seed)
+
+
+def _arm(method: Method, setting: Setting, scale: Scale, lr: float) -> Arm:
+    return replace(method.arm(lr, setting.schedule(scale)), optimizer="adamw", beta2=0.99)
+
+
+def _controls(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
+    """L5: the primary arm's batches without its feedback, their mean, and ramps of their range."""
+    start = search(setting, scale, START, found).first(found)
+    if start is None:
+        return
+    led = next(_arm(method, setting, scale, start) for method in METHODS if method.label == live.PRIMARY)
+    ramps = [
+        Method(name, ab.Ramp(2, 32, float(setting.budget(scale)), shape), start=START) for name, shape in RAMPS.items()
+    ]
+    for seed in seeds:
+        recorded = found.get(_run("final", setting, scale, led, (seed - 1) % len(seeds)))
+        arms = [*live.without_feedback(led, recorded, MICRO_BATCH), *(_arm(r, setting, scale, start) for r in ramps)]
+        yield from (_run("final", setting, scale, arm, seed) for arm in arms)
 
 
 def fixed_run(setting: Setting, scale: Scale, n: int, lr: float, seed: int) -> Run:
@@ -244,7 +271,7 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The arms against the frontier of each budget, the role of the warm-up, the claims."""
     final, warming = runs[runs["stage"] == "final"], runs[runs["stage"] == "warm-up"]
     found: dict[str, pd.DataFrame] = {}
-    compared = compare_tasks(final, TASK)
+    compared = compare_tasks(final, TASK, against=live.PRIMARY)
     if len(compared):
         found["arms"] = compared
     if len(warming):
@@ -259,7 +286,7 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def claims(table: pd.DataFrame) -> list[dict[str, object]]:
-    """L1, L2 and L4."""
+    """L1, L2, L4 and L5."""
     rows: list[dict[str, object]] = []
     own = table[table["arm"].isin(PRIMARY)]
     for row in own.to_dict("records"):
@@ -267,6 +294,8 @@ def claims(table: pd.DataFrame) -> list[dict[str, object]]:
         for claim, name, bound in (("L1", "updates ratio", 1.0), ("L4", "loss ratio", 1.03)):
             said = f"{name} of {row['arm']} to the frontier is below {bound:g}"
             rows.append(claim_row(claim, said, where, bootstrapped(row, name), bound, row))
+    for (order, millions), part in table.groupby(TASK, sort=False):
+        rows += live.feedback("L5", part.set_index("arm"), f"{order}-LN, {millions} million", CONTROLS)
     for arm in PRIMARY:
         for order, part in own[own["arm"] == arm].groupby("order"):
             by_budget = part.set_index("millions").sort_index()
