@@ -121,10 +121,9 @@ class Search:
         """The best of all; None before all are finished."""
         return None if self.first(found) is None else self._best(self.candidates(found), found)
 
-    def least(self, found: Found) -> float:
-        """The smallest mean ``final`` of a rate; NaN before all are finished."""
-        best = self.best(found)
-        return math.nan if best is None else float(np.mean([found[run]["final"] for run in self.runs(best)]))
+    def means(self, found: Found) -> dict[float, float]:
+        """The mean ``final`` of every rate, in the order in which they are tried; all of them finished."""
+        return {lr: float(np.mean([found[run]["final"] for run in self.runs(lr)])) for lr in self.candidates(found)}
 
     def _best(self, rates: tuple[float, ...], found: Found) -> float | None:
         return best_of(rates, [found.get(run) for lr in rates for run in self.runs(lr)])

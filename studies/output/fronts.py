@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from studies.output.statistics import Interval
+from studies.output.statistics import Interval, ratio
 
 RESAMPLES = 2_000
 LIVE_SHARE = 0.5
@@ -189,6 +189,30 @@ def claim_row(
 def bootstrapped(row: Mapping[str, Any], name: str) -> Interval:
     """A quantity of a table's row, with the interval that :func:`compare` gave it."""
     return Interval(*(float(row[f"{name}{end}"]) for end in ("", " low", " high")), "bootstrap")
+
+
+def annealing(claim: str, runs: pd.DataFrame, where: str) -> list[dict[str, object]]:
+    """Does the batch anneal twice: loss with the root coupling over loss without, seed by seed."""
+    rows = []
+    by_arm = {str(arm): own.set_index("seed")["test_loss"] for arm, own in runs.groupby("arm", sort=False)}
+    for arm, with_it in by_arm.items():
+        without = by_arm.get(arm.removesuffix(", root")) if arm.endswith(", root") else None
+        if without is None:
+            continue
+        seeds = with_it.index.intersection(without.index)
+        found, _ = ratio(with_it[seeds].to_numpy(float), without[seeds].to_numpy(float))
+        rows.append(claim_row(claim, f"loss of {arm} over that without the coupling is below 1", where, found))
+    return rows
+
+
+def feedback(claim: str, own: pd.DataFrame, where: str, arm: str, controls: Sequence[str]) -> list[dict[str, object]]:
+    """Is it feedback: what the controls leave of ``arm``'s updates ratio, draw by draw; ``own`` by arm."""
+    rows = []
+    for control in controls:
+        if control in own.index and "over" in own:
+            said = f"updates ratio of {arm} over that of {control} is below 1"
+            rows.append(claim_row(claim, said, where, bootstrapped(own.loc[control], "over"), arm=own.loc[arm]))
+    return rows
 
 
 def _interval(name: str, values: np.ndarray) -> dict[str, float]:

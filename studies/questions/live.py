@@ -28,6 +28,9 @@ What the plan was, and what changed after runs had been seen, always in the fron
   more with a linear warm-up of 5 %, and the frontier takes the better of the two for each batch (label ``warmup``).
 * :mod:`studies.questions.planning` found 512 and 1024, which had no warm-up to choose, to need 1.5 and 1.8 times the
   updates that one measurement foretold, and all others what it foretold. So these two are tuned with it as well.
+* At the rate that the tuning seeds chose for 512 then one of eight fresh seeds diverged, and the frontier had lost a
+  point. So a fixed batch that diverges on a reported seed takes its next best rate (its runs are of stage
+  ``diverged``), which an adaptive arm does not.
 
 Registered before its runs, after pilots of one to three seeds that are not among the results:
 
@@ -49,7 +52,7 @@ Plan, on one core that takes 20 ms a pass of 16 examples: calm MNIST with the de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -65,8 +68,7 @@ from studies.engine.sweep import Found, Options, Study, from_runs
 from studies.engine.training import Task
 from studies.engine.tuning import Search
 from studies.output.front_figure import figure_of
-from studies.output.fronts import bootstrapped, claim_row, compare_tasks, tuned_rates
-from studies.output.statistics import ratio
+from studies.output.fronts import annealing, bootstrapped, claim_row, compare_tasks, feedback, tuned_rates
 from studies.questions import comparison
 
 NAME = "live"
@@ -83,6 +85,8 @@ PRICES = (4.0 * START, 32.0 * START)
 PRIMARY = "theta 0.7, root"
 
 Rate = Literal["decaying", "constant"]
+# A learning rate, and the share of the examples over which it warms up.
+Tuned = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -208,16 +212,17 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
     searches, warm = fixed_searches(setting, scale), fixed_searches(setting, scale, WARMUP)
     for search in (*searches.values(), *warm.values()):
         yield from search.planned(found)
-    if any(search.best(found) is None for search in (*searches.values(), *warm.values())):
+    fixed = [list(reported(setting, scale, n, seeds, found).values()) for n in searches]
+    if not all(fixed):
         return
-    rates = {n: tuned(search, warm.get(n), found) for n, search in searches.items()}
-    fixed = {n: fixed_arm(setting, scale, n, warmup)(lr) for n, (lr, warmup) in rates.items()}
+    for *diverged, _ in fixed:
+        yield from (replace(run, labels=(*run.labels, ("stage", "diverged"))) for runs in diverged for run in runs)
     start = {n: rate for n, search in searches.items() if (rate := search.first(found)) is not None}
     ramp = Method("ramp 2 to 16", ab.Ramp(2, 16, float(scale.examples)))
     methods = [method for method in (*METHODS, ramp) if setting.whole or method.label in FEW]
     # Seed by seed, so that what is finished can be compared.
     for seed in seeds:
-        yield from (labelled("final", setting, scale, arm, seed, n) for n, arm in fixed.items())
+        yield from (runs[seeds.index(seed)] for *_, runs in fixed)
         for method in methods:
             lr = start[method.start if method.start in start else min(start)]
             yield labelled("final", setting, scale, method.arm(lr, setting.schedule(scale)), seed)
@@ -234,13 +239,30 @@ def fixed_arm(setting: Setting, scale: Scale, n: int, warmup: float = 0.0) -> Ca
     return lambda lr: Arm(f"fixed {n}", ab.Fixed(math.ceil(n / PASS)), lr, setting.schedule(scale, warmup))
 
 
-def tuned(plain: Search, warm: Search | None, found: Found) -> tuple[float, float]:
-    """A fixed batch's rate, and the share of its warm-up, where one was better on the tuning seeds; all finished."""
-    warms = warm is not None and warm.least(found) < plain.least(found)
-    search = warm if warm is not None and warms else plain
-    lr = search.best(found)
-    assert lr is not None
-    return lr, WARMUP if warms else 0.0
+def reported(setting: Setting, scale: Scale, n: int, seeds: range, found: Found) -> dict[Tuned, list[Run]]:
+    """A fixed batch's runs, last those that count, after those at better rates that diverged on a reported seed.
+
+    Returns:
+        By rate and the share of its warm-up; empty before all are tuned.
+    """
+    means: dict[Tuned, float] = {}
+    for share in (0.0, WARMUP):
+        search = fixed_searches(setting, scale, share).get(n)
+        if search is not None and search.best(found) is None:
+            return {}
+        means |= {} if search is None else {(lr, share): mean for lr, mean in search.means(found).items()}
+    runs: dict[Tuned, list[Run]] = {}
+    for lr, share in sorted(means, key=means.__getitem__):
+        arm = fixed_arm(setting, scale, n, share)(lr)
+        runs[lr, share] = own = [labelled("final", setting, scale, arm, seed, n) for seed in seeds]
+        if not any(row["diverged"] for run in own if (row := found.get(run)) is not None):
+            break
+    return runs
+
+
+def chosen(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned:
+    """What a fixed batch takes once it is tuned, and reported so far."""
+    return next(reversed(reported(setting, scale, n, range(scale.seeds), found)))
 
 
 def labelled(
@@ -340,9 +362,10 @@ def claims(table: pd.DataFrame, final: pd.DataFrame) -> pd.DataFrame:
             said = f"updates ratio of {arm} to the frontier is below 1"
             rows.append(claim_row(claim, said, where, bootstrapped(row, "updates ratio"), arm=row))
         runs = final[(final[TASK] == list(names)).all(axis=1)]
-        rows += _annealing(runs, where)
+        if part["rate"].iloc[0] == "decaying":
+            rows += annealing("V3", runs, where)
         if home:
-            rows += feedback("V5", own, where, CONTROLS)
+            rows += feedback("V5", own, where, PRIMARY, CONTROLS)
     return pd.DataFrame(rows)
 
 
@@ -352,32 +375,6 @@ def _claim(arm: str, home: bool) -> str | None:
     if arm in ("theta 0.7, root", "theta 1, root"):
         return "V1" if home else "V6"
     return "V2" if arm.startswith("pareto") and arm.endswith("root") else None
-
-
-def _annealing(runs: pd.DataFrame, where: str) -> list[dict[str, object]]:
-    """V3: loss with the coupling over loss without, seed by seed."""
-    if runs["rate"].iloc[0] != "decaying":
-        return []
-    rows = []
-    by_arm = {str(arm): own.set_index("seed")["test_loss"] for arm, own in runs.groupby("arm", sort=False)}
-    for arm, with_it in by_arm.items():
-        without = by_arm.get(arm.removesuffix(", root")) if arm.endswith(", root") else None
-        if without is None:
-            continue
-        seeds = with_it.index.intersection(without.index)
-        found, _ = ratio(with_it[seeds].to_numpy(float), without[seeds].to_numpy(float))
-        rows.append(claim_row("V3", f"loss of {arm} over that without the coupling is below 1", where, found))
-    return rows
-
-
-def feedback(claim: str, own: pd.DataFrame, where: str, controls: Sequence[str]) -> list[dict[str, object]]:
-    """What the controls leave, draw by draw, on the same frontier; ``own`` by arm."""
-    rows = []
-    for control in controls:
-        if control in own.index and "over" in own:
-            said = f"updates ratio of {PRIMARY} over that of {control} is below 1"
-            rows.append(claim_row(claim, said, where, bootstrapped(own.loc[control], "over"), arm=own.loc[PRIMARY]))
-    return rows
 
 
 STUDY = Study(

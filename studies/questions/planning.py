@@ -64,6 +64,7 @@ from studies.engine.tuning import Search
 from studies.output import predictions
 from studies.output.plan_figure import draw_plans
 from studies.questions import live, transformer
+from studies.questions.live import Tuned
 
 NAME = "planning"
 SEEDS = {"smoke": 2, "laptop": 5, "paper": 5}
@@ -71,8 +72,6 @@ REACH = 8
 BRANCHES = {"smoke": Branches((0.4,), (2, 4), 4, 2), "laptop": Branches(), "paper": Branches()}
 # On so many of the seeds.
 BRANCHED = 2
-# A rate, and the share of the budget over which it warms up.
-Tuned = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _autoencoder(setting: live.Setting, preset: str) -> Subject:
         scale.examples,
         batches,
         lambda found: [kind[n] for kind in (plain, warm) for n in batches if n in kind],
-        lambda n, found: live.tuned(plain[n], warm.get(n), found),
+        lambda n, found: live.chosen(setting, scale, n, found),
         run,
     )
 

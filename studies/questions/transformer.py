@@ -47,7 +47,7 @@ from studies.engine.runner import Run
 from studies.engine.sweep import TUNING_SEEDS, Found, Options, Study, from_runs
 from studies.engine.tuning import Search, beside
 from studies.output.front_figure import figure_of
-from studies.output.fronts import bootstrapped, claim_row, compare_tasks
+from studies.output.fronts import bootstrapped, claim_row, compare_tasks, feedback
 from studies.output.statistics import Interval, ratio
 from studies.questions import live
 from studies.questions.live import Method
@@ -295,7 +295,7 @@ def claims(table: pd.DataFrame) -> list[dict[str, object]]:
             said = f"{name} of {row['arm']} to the frontier is below {bound:g}"
             rows.append(claim_row(claim, said, where, bootstrapped(row, name), bound, row))
     for (order, millions), part in table.groupby(TASK, sort=False):
-        rows += live.feedback("L5", part.set_index("arm"), f"{order}-LN, {millions} million", CONTROLS)
+        rows += feedback("L5", part.set_index("arm"), f"{order}-LN, {millions} million", live.PRIMARY, CONTROLS)
     for arm in PRIMARY:
         for order, part in own[own["arm"] == arm].groupby("order"):
             by_budget = part.set_index("millions").sort_index()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,9 +14,11 @@ from studies import data
 from studies.engine import reduce
 from studies.engine.arms import Arm, Decay
 from studies.engine.language import CharacterModel, LanguageTask, mean_loss, sequences
+from studies.engine.sweep import Found
 from studies.engine.training import train
 from studies.output.fronts import Frontier, claim_row, compare, compare_tasks, is_live
 from studies.output.statistics import Interval
+from studies.questions import live
 
 
 def table(noise: float = 0.0, seeds: int = 6, **arms: tuple[float, float]) -> pd.DataFrame:
@@ -163,3 +167,37 @@ class TestLanguage:
             CharacterModel(11, order="mid")  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="width must be a multiple of heads, got width = 10, heads = 4"):
             CharacterModel(11, width=10)
+
+
+class TestWhatIsReported:
+    def known(self, diverged: set[tuple[int, float, float]]) -> Found:
+        """Tuning found 8e-3 with a warm-up best, then 8e-3, then 2e-3; these (seed, rate, share) diverged."""
+        found, scale, setting = Found(Path("nowhere")), live.SCALES["smoke"], live.SETTINGS[0]
+        for share in (0.0, live.WARMUP):
+            search = live.fixed_searches(setting, scale, share)[128]
+            for _ in range(2):
+                for run in search.planned(found):
+                    final = abs(np.log(run.arm.lr / 8e-3)) - share
+                    found.rows[run.key] = {"final": final, "diverged": False}
+            for lr in search.candidates(found):
+                for seed in range(2):
+                    arm = live.fixed_arm(setting, scale, 128, share)(lr)
+                    run = live.labelled("final", setting, scale, arm, seed, 128)
+                    found.rows[run.key] = {"diverged": (seed, lr, share) in diverged}
+        return found
+
+    @pytest.mark.parametrize(
+        ("diverged", "rates"),
+        [
+            (set(), [(8e-3, live.WARMUP)]),
+            ({(1, 8e-3, live.WARMUP)}, [(8e-3, live.WARMUP), (8e-3, 0.0)]),
+            ({(1, 8e-3, 0.0)}, [(8e-3, live.WARMUP)]),
+        ],
+    )
+    def test_a_batch_that_diverges_takes_its_next_best_rate_and_its_runs_stay(self, diverged, rates):
+        reported = live.reported(live.SETTINGS[0], live.SCALES["smoke"], 128, range(2), self.known(diverged))
+        assert list(reported) == rates
+        assert [[run.seed for run in runs] for runs in reported.values()] == [[0, 1]] * len(rates)
+
+    def test_nothing_is_reported_before_it_is_tuned(self):
+        assert live.reported(live.SETTINGS[0], live.SCALES["smoke"], 128, range(2), Found(Path("nowhere"))) == {}
