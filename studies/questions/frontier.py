@@ -73,8 +73,8 @@ def plan(options: Options, found: Found) -> list[Run]:
 def decaying(options: Options, found: Found) -> Iterator[Run]:
     """The live study's arms with every budget, once it has found their rates; until then what finds them."""
     scale, setting = live.SCALES[options.preset], live.SETTINGS[0]
-    plain, warm = (live.fixed_searches(setting, scale, share) for share in (0.0, live.WARMUP))
-    searches = [one[n] for one in (plain, warm) for n in DECAYED if n in one]
+    plain, *warm = (live.fixed_searches(setting, scale, share) for share in scale.warmups)
+    searches = [one[n] for one in (plain, *warm) for n in DECAYED if n in one]
     waiting = [run for search in searches for run in search.planned(found) if run not in found]
     if waiting:
         yield from waiting

@@ -131,7 +131,7 @@ def subjects(options: Options) -> list[Subject]:
 def _autoencoder(setting: live.Setting, preset: str) -> Subject:
     scale = live.SCALES[preset]
     data, batches = setting.data or scale.home, _powers(scale.batches)
-    plain, warm = (live.fixed_searches(setting, scale, share) for share in (0.0, live.WARMUP))
+    searches = [live.fixed_searches(setting, scale, share) for share in scale.warmups]
 
     def run(budget: int, batch: int, tuned: Tuned, seed: int) -> Run:
         arm = live.fixed_arm(setting, own := replace(scale, examples=budget), batch, tuned[1])(tuned[0])
@@ -143,7 +143,7 @@ def _autoencoder(setting: live.Setting, preset: str) -> Subject:
         live.START,
         scale.examples,
         batches,
-        lambda found: [kind[n] for kind in (plain, warm) for n in batches if n in kind],
+        lambda found: [kind[n] for kind in searches for n in batches if n in kind],
         lambda n, found: live.chosen(setting, scale, n, found),
         run,
     )
