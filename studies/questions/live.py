@@ -90,8 +90,7 @@ PRICES = (4.0 * START, 32.0 * START)
 PRIMARY = "theta 0.7, root"
 
 Rate = Literal["decaying", "constant"]
-# A learning rate, and the share of the examples over which it warms up.
-Tuned = tuple[float, float]
+Tuned = tuple[float, float]  # a learning rate, and the share of the examples over which it warms up
 
 
 @dataclass(frozen=True)

@@ -154,13 +154,12 @@ def _language(preset: str) -> Subject:
     batches = _powers(scale.batches)
 
     def run(budget: int, batch: int, tuned: Tuned, seed: int) -> Run:
-        return transformer.fixed_run(replace(small, millions=budget / scale.million), scale, batch, tuned[0], seed)
+        return transformer.fixed_run(replace(small, millions=budget / scale.million), scale, batch, tuned, seed)
 
     def tuned(n: int, found: Found) -> Tuned:
-        lr = transformer.search(small, scale, n, found).best(found)
-        assert lr is not None
-        # It has a warm-up of its own.
-        return lr, 0.0
+        best = transformer.tuned(small, scale, n, found)
+        assert best is not None
+        return best
 
     return Subject(
         "transformer",
@@ -168,7 +167,7 @@ def _language(preset: str) -> Subject:
         transformer.START,
         small.budget(scale),
         batches,
-        lambda found: [transformer.search(small, scale, n, found) for n in batches],
+        lambda found: [each for n in batches for each in transformer.searched(small, scale, n, found).values()],
         tuned,
         run,
         # Of a quarter, the warm-up would be nearly half.

@@ -7,7 +7,7 @@ from itertools import product
 import pandas as pd
 import pytest
 
-from studies.questions import transformer
+from studies.output import opening
 
 EXAMPLES = (10_000.0, 50_000.0, 1_000_000.0)
 
@@ -27,7 +27,7 @@ def recorded(post: float, diverged: float = 0.0) -> tuple[pd.DataFrame, pd.DataF
 
 
 def test_noise_is_the_geometric_mean_of_the_first_twentieth() -> None:
-    table = transformer.opening_noise(*recorded(post=2.0))
+    table = opening.opening_noise(*recorded(post=2.0))
     found = table.set_index(["order", "lr", "seed"])["B / n"]
     assert len(found) == 12
     assert found["pre", 1e-3, 2] == pytest.approx(3.0)
@@ -39,11 +39,11 @@ def test_noise_is_the_geometric_mean_of_the_first_twentieth() -> None:
 def test_orders_are_compared_seed_by_seed_at_rates_at_which_neither_diverges(
     post: float, verdict: str, diverged: float
 ) -> None:
-    (row,) = transformer.noisier(transformer.opening_noise(*recorded(post, diverged)))
+    (row,) = opening.noisier(opening.opening_noise(*recorded(post, diverged)))
     assert row["value"] == pytest.approx(1 / post)
     assert row["verdict"] == verdict
 
 
 def test_one_order_says_nothing() -> None:
-    table = transformer.opening_noise(*recorded(2.0))
-    assert transformer.noisier(table[table["order"] == "post"]) == []
+    table = opening.opening_noise(*recorded(2.0))
+    assert opening.noisier(table[table["order"] == "post"]) == []
