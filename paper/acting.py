@@ -1,6 +1,10 @@
-"""The studies in which the controller acts, and is a plan true, in figures: live, bursts, planning."""
+"""The studies in which the controller acts, and is a plan true, in figures: live, transformer, bursts, planning."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
 
 from paper.ledger import Ledger, holds, shown, spread
 
@@ -20,21 +24,7 @@ def live(ledger: Ledger) -> None:
     """Updates at equal examples and equal loss, over the frontier of tuned fixed batches."""
     place = "live/arms"
     arms = ledger.frame(place)
-    head = ["arm", "updates", "mean batch", "changes of k", "loss", "updates ratio (95 %)"]
-    rows = [
-        [
-            str(row["arm"]),
-            shown(row["updates"], ",.0f"),
-            shown(row["mean n"], ",.0f"),
-            "–" if row["fixed"] else shown(row["changes"], ".0f"),
-            shown(row["loss"], ".2f"),
-            "–"
-            if row["fixed"]
-            else spread(row["updates ratio"], row["updates ratio low"], row["updates ratio high"], ".2f"),
-        ]
-        for row in arms.to_dict("records")
-    ]
-    ledger.table("live", place, head, rows)
+    _against_frontier(ledger, "live", place, arms)
     for name, arm in _LIVE.items():
         ledger.interval(f"live.{name}", place, "updates ratio", ".2f", arm=arm)
     adaptive = arms[~arms["fixed"]].set_index("arm")
@@ -53,6 +43,63 @@ def live(ledger: Ledger) -> None:
     _ratio(ledger, "live.over mean", "constant mean", "supported")
     _ratio(ledger, "live.over ramp", "ramp 2 to 16, root", "undecided")
     _ratio(ledger, "live.over replay", "replay", "undecided")
+
+
+def _against_frontier(ledger: Ledger, name: str, place: str, arms: pd.DataFrame) -> None:
+    """The table of all arms of one task."""
+    head = ["arm", "updates", "mean batch", "changes of k", "loss", "updates ratio (95 %)"]
+    rows = [
+        [
+            str(row["arm"]),
+            shown(row["updates"], ",.0f"),
+            shown(row["mean n"], ",.0f"),
+            "–" if row["fixed"] else shown(row["changes"], ".0f"),
+            shown(row["loss"], ".2f"),
+            "–"
+            if row["fixed"]
+            else spread(row["updates ratio"], row["updates ratio low"], row["updates ratio high"], ".2f"),
+        ]
+        for row in arms.to_dict("records")
+    ]
+    ledger.table(name, place, head, rows)
+
+
+def transformer(ledger: Ledger) -> None:
+    """The same on a language model, what its noise scale does, and the controls."""
+    place, where = "transformer/arms", {"order": "pre", "millions": 1}
+    arms = _of(ledger.frame(place), where)
+    _against_frontier(ledger, "transformer", place, arms)
+    named = {"root": "theta 0.7, root", "theta 1": "theta 1, root", "pareto": "pareto 2048, root"}
+    for name, arm in named.items():
+        ledger.interval(f"transformer.{name}", place, "updates ratio", ".2f", arm=arm, **where)
+    ledger.interval("transformer.loss", place, "loss ratio", ".2f", arm="theta 0.7, root", **where)
+    ledger.cell("transformer.seeds", place, "seeds", ".0f", arm="theta 0.7, root", **where)
+    ledger.cell("transformer.last", place, "last n", ",.0f", arm="theta 0.7, root", **where)
+    for name, arm in {"mean": "constant mean", "replay": "replay"}.items():
+        ledger.interval(f"transformer.over {name}", place, "over", ".2f", arm=arm, **where)
+    for shape in ("linear", "exponential"):
+        ledger.interval(f"transformer.over {shape}", place, "over", ".2f", arm=f"{shape} ramp, root", **where)
+    adaptive = arms[~arms["fixed"]].set_index("arm")
+    alone = adaptive.loc[["theta 0.7", "theta 1", "pareto 2048"], "updates ratio"]
+    said = f"{place}: smallest and largest updates ratio of theta 0.7, theta 1, pareto 2048"
+    ledger.add("transformer.uncoupled", f"{alone.min():.2f} to {alone.max():.2f}", said)
+    holds("every adaptive run of the transformer is live", bool((adaptive["live"] == adaptive["seeds"]).all()))
+    holds("none of its runs diverges", bool((arms["diverged"] == 0).all()))
+    holds("without a coupling all are ahead of the frontier", bool((alone < 1).all()))
+    claims = ledger.frame("transformer/claims").set_index("claim")["verdict"]
+    holds("L1 and L4 are supported", set(claims[["L1", "L4"]]) == {"supported"})
+    runs, curves = (ledger.frame(f"transformer/{name}") for name in ("runs", "curves"))
+    own = _of(runs, {"stage": "final", "arm": "theta 0.7, root", **where})["key"]
+    scale = curves[curves["key"].isin(own)].sort_values("examples_seen").groupby("key")["noise_scale"]
+    for name, place in {"early": 1, "late": -1}.items():
+        said = f"transformer/curves: median noise_scale of theta 0.7, root at evaluation {place} of each run, from 0"
+        ledger.add(f"transformer.B {name}", f"{scale.nth(place).median():,.0f}", said)
+
+
+def _of(frame: pd.DataFrame, where: Mapping[str, object]) -> pd.DataFrame:
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    return frame
 
 
 def _ratio(ledger: Ledger, name: str, other: str, verdict: str) -> None:

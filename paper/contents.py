@@ -10,7 +10,18 @@ from paper.ledger import Ledger, spread
 from studies.output.verdicts import VERDICTS, counted
 
 # Studies whose claims were written down before their runs.
-CLAIMED = ("live", "bursts", "planning", "comparison", "sensitivity", "momentum", "depth", "frontier", "favourable")
+CLAIMED = (
+    "live",
+    "transformer",
+    "bursts",
+    "planning",
+    "comparison",
+    "sensitivity",
+    "momentum",
+    "depth",
+    "frontier",
+    "favourable",
+)
 
 
 def fill(ledger: Ledger) -> None:
@@ -42,6 +53,7 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     method.decision,
     method.cost,
     acting.live,
+    acting.transformer,
     acting.bursts,
     acting.planning,
     comparison.protocol,

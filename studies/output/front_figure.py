@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from studies.output.style import KINDS, STYLE, save, short
 
 LIVE, STILL = KINDS["adaptive"][0], KINDS["other"][0]
 OPEN = "#D55E00"
-OPEN_LOOP = ("ramp", "replay", "constant mean")
+OPEN_LOOP = r"\bramp\b|replay|constant mean"
 
 
 def figure_of(tables: Callable[[Path], Mapping[str, pd.DataFrame]], task: Sequence[str]) -> Callable[[Path], None]:
@@ -64,7 +65,7 @@ def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path) -> None:
 
 
 def _colour(row: pd.Series) -> str:
-    if str(row["arm"]).startswith(OPEN_LOOP):
+    if re.search(OPEN_LOOP, str(row["arm"])):
         return OPEN
     return LIVE if row["live"] > row["seeds"] / 2 else STILL
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +13,7 @@ import pandas as pd
 from studies.engine.analysis import summary
 from studies.engine.provenance import caption, warn
 from studies.engine.results import RESULTS
+from studies.output.acting import ACTING, acting_section, defaults_section, what_it_saves
 from studies.output.markdown import Cell, interval, known, markdown, spread, table
 from studies.output.trust import calibration_section, loop_section, overhead_section, planning_section
 from studies.output.verdicts import VERDICTS, counted
@@ -46,7 +48,7 @@ def short_section() -> str:
     cost = pd.read_parquet(RESULTS / "overhead" / "cost.parquet").set_index("contender")
     always, settled = (_cost(cost.loc[name]) for name in ("adaptbatch", "adaptbatch, one window in four"))
     sentences = [
-        _what_it_saves(),
+        *map(what_it_saves, ACTING),
         _what_it_foretells(),
         *_where_it_helps(arms, len(runs)),
         f"Of what all studies claimed before their runs, {counts['supported']} cases are supported, "
@@ -99,7 +101,7 @@ def quick_section() -> str:
 
 
 CLAIMED = (
-    *("live", "planning", "comparison", "bursts", "origin-live"),
+    *("live", "transformer", "planning", "comparison", "bursts", "origin-live"),
     *("sensitivity", "momentum", "depth", "frontier", "favourable"),
 )
 
@@ -178,53 +180,6 @@ def _what_it_foretells() -> str:
     )
 
 
-def _what_it_saves() -> str:
-    """The live study's primary claim beside what a sceptic asks: a constant batch, its own batches, no coupling."""
-    claims = pd.read_parquet(RESULTS / "live" / "claims.parquet")
-    arms = pd.read_parquet(RESULTS / "live" / "arms.parquet").set_index("arm")["updates ratio"]
-    own = claims[claims["what"].str.contains("theta 0.7, root")]
-
-    def of(text: str) -> str:
-        row = own[own["what"].str.contains(text, regex=False)].iloc[0]
-        return f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-
-    alone = arms[["theta 0.7", "theta 1", "pareto 128"]]
-    return (
-        f"On the calm 80-layer network (MNIST, micro-batches of 16, a learning rate that decays to zero), "
-        f"`RelativeStandardError(0.7)` with `LearningRate('sqrt')` takes {of('to the frontier')} of the updates that "
-        f"fixed batches need for the same loss from the same examples, each with its own tuned rate and a warm-up "
-        f"where that is better. Beside a constant batch of its own mean and coupling it is {of('constant mean')}, "
-        f"beside its own batches replayed on another seed {of('replay')}, beside one that grows by the clock "
-        f"{of('ramp')}: what helps is that the batch grows, and the rule, which nobody tuned, finds how. Without the "
-        f"coupling rules take {alone.min():.2f} to {alone.max():.2f}."
-    )
-
-
-def live_section() -> str:
-    """Every arm against the frontier, and the claims."""
-    arms = pd.read_parquet(RESULTS / "live" / "arms.parquet")
-    claims = pd.read_parquet(RESULTS / "live" / "claims.parquet")
-    ends = {
-        "network, data, rate": "{network}, {data}, {rate}",
-        "arm": "{arm}",
-        "updates": "{updates:,.0f}",
-        "test loss": "{loss:.2f}",
-        "updates, of a fixed batch of that loss (95 %)": interval("updates ratio"),
-        "loss, of a fixed batch of these updates (95 %)": interval("loss ratio"),
-        "live": "{live:.0f} of {seeds:.0f}",
-        "rate": "{lr:.2g}",
-        "mean batch": "{mean n:,.0f}",
-        "AUROC": "{auroc:.3f}",
-    }
-    said = {
-        "claim": "{claim}: {what}",
-        "where": "{where}",
-        "value (95 %)": "{value:.3f} ({low:.3f} to {high:.3f})",
-        "verdict": "{verdict}",
-    }
-    return f"{_what_it_saves()}\n\n{table(arms, ends)}\n\n{table(claims, said)}"
-
-
 def _ratio(value: float) -> str:
     return f"{value:.2f}" if math.isfinite(value) else "not reached"
 
@@ -291,7 +246,8 @@ def _found(verdicts: pd.DataFrame) -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "short": short_section,
-    "live": live_section,
+    **{study: partial(acting_section, study) for study in ACTING},
+    "defaults": defaults_section,
     "planning": planning_section,
     "quick": quick_section,
     "comparison": comparison_section,
