@@ -129,6 +129,13 @@ class Search:
         return best_of(rates, [found.get(run) for lr in rates for run in self.runs(lr)])
 
 
+def together(searches: Mapping[float, Search], found: Found) -> dict[tuple[float, float], float]:
+    """The mean ``final`` by rate and by what tells the searches apart; empty before all are finished."""
+    if any(search.best(found) is None for search in searches.values()):
+        return {}
+    return {(lr, key): mean for key, search in searches.items() for lr, mean in search.means(found).items()}
+
+
 def beside(rate: float) -> tuple[float, float]:
     """The two rates a factor of root two away, to three digits.
 

@@ -50,7 +50,7 @@ from studies.engine.arms import Arm, Decay, Schedule
 from studies.engine.language import LanguageTask, Order
 from studies.engine.runner import Run
 from studies.engine.sweep import TUNING_SEEDS, Found, Options, Study, from_runs
-from studies.engine.tuning import Search, beside
+from studies.engine.tuning import Search, beside, together
 from studies.output.front_figure import figure_of
 from studies.output.fronts import bootstrapped, claim_row, compare_tasks, feedback
 from studies.output.opening import noisier, opening_noise, openings, warm_up
@@ -270,10 +270,8 @@ def tuned(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned | None:
 
 
 def _best(searches: dict[float, Search], found: Found) -> Tuned | None:
-    if any(search.best(found) is None for search in searches.values()):
-        return None
-    means = {(lr, share): mean for share, search in searches.items() for lr, mean in search.means(found).items()}
-    return min(means, key=means.__getitem__)
+    means = together(searches, found)
+    return min(means, key=means.__getitem__) if means else None
 
 
 def _fixed(setting: Setting, scale: Scale, n: int, lr: float, share: float) -> Arm:
