@@ -69,9 +69,9 @@ RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 # Shares of the budget that a fixed batch may warm up over beside the usual tenth, and for which batches and rates.
 LONG_WARMUPS = (0.3, 0.5, 0.7)
 LONG_BATCHES = (512, 1024, 1536, 2048, 3072, 4096)
-LONG_RATES = (5.66e-3, 8e-3, 1.13e-2)
+LONG_RATES = (5.66e-3, 8e-3)
 # Of an arm that is tuned, at the batch it starts from.
-ARM_RATES = (2.83e-3, 4e-3, 5.66e-3)
+ARM_RATES = (4e-3, 5.66e-3)
 # Three decades, for the role of the warm-up.
 WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PRICES = (4.0 * START, 32.0 * START)
