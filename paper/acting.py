@@ -31,7 +31,7 @@ def live(ledger: Ledger) -> None:
     said = f"{place}: smallest and largest updates ratio of {', '.join(_UNCOUPLED)}"
     uncoupled = adaptive.loc[list(_UNCOUPLED), "updates ratio"]
     ledger.add("live.uncoupled", f"{uncoupled.min():.2f} to {uncoupled.max():.2f}", said)
-    ledger.add("live.theta", "0.7", "the code: RelativeStandardError(0.7) of studies/questions/live.py")
+    ledger.add("live.theta", "0.7", "the code: RelativeStandardError(0.7) of studies/questions/live")
     ledger.cell("live.seeds", place, "seeds", ".0f", arm="theta 0.7, root")
     ledger.cell("live.last", place, "last n", ",.0f", arm="theta 0.7, root")
     holds("every adaptive run of the live study is live", bool((adaptive["live"] == adaptive["seeds"]).all()))

@@ -23,6 +23,8 @@ from studies.output.statistics import Interval, ratio
 
 RESAMPLES = 2_000
 LIVE_SHARE = 0.5
+# Stage of the fixed batches' runs with the warm-ups that they had to choose at first.
+BEFORE = "shorter warm-ups"
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,19 @@ def compare_tasks(final: pd.DataFrame, task: Sequence[str], against: str | None 
         parts.append(table.assign(**dict(zip(task, names, strict=True))))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*task, "arm", "fixed"])
     return table[[*task, *(name for name in table if name not in task)]]
+
+
+def against_earlier(final: pd.DataFrame, earlier: pd.DataFrame, task: Sequence[str]) -> pd.DataFrame:
+    """:func:`compare_tasks` with the frontier of fixed batches that had less to choose from.
+
+    Args:
+        final: Rows of all arms.
+        earlier: Rows of those fixed batches that have changed since, as they were.
+        task: Columns that tell tasks apart.
+    """
+    names = [*task, "arm"]
+    changed = final.set_index(names).index.isin(earlier.set_index(names).index)
+    return compare_tasks(pd.concat([final[~changed], earlier], ignore_index=True), task)
 
 
 def tuned_rates(tried: pd.DataFrame, task: Sequence[str]) -> pd.DataFrame:

@@ -32,8 +32,8 @@ Registered before its runs, after pilots of one or two seeds that are not among 
   ``theta 0.7, root`` at 1 million is below that of its batches replayed on another seed, of the constant batch of the
   same mean, and of ramps, linear and exponential, from where it starts to where it ended on these four, 32
   micro-batches.
-* L6 (registered with the longer warm-ups, before its runs): with its rate and its warm-up tuned (8 trials, where a fixed
-  batch has 13) ``theta 0.7, root, tuned`` has an updates ratio below 1.
+* L6 (registered with the longer warm-ups, before its runs): with its rate and its warm-up tuned (8 trials, where a
+  fixed batch has 13) ``theta 0.7, root, tuned`` has an updates ratio below 1.
 
 Plan, on one core: 1 million, pre-LN and post-LN, 1.5 hours each; 4 million pre-LN 5; warm-up 1; 16 million 3.
 """
@@ -54,7 +54,7 @@ from studies.engine.runner import Run
 from studies.engine.sweep import TUNING_SEEDS, Found, Options, Study, from_runs
 from studies.engine.tuning import Search, beside, together
 from studies.output.front_figure import figure_of
-from studies.output.fronts import bootstrapped, claim_row, compare_tasks, feedback
+from studies.output.fronts import BEFORE, against_earlier, bootstrapped, claim_row, compare_tasks, feedback
 from studies.output.opening import noisier, opening_noise, openings, warm_up
 from studies.output.statistics import Interval
 from studies.questions import live
@@ -188,8 +188,11 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
         for each in own.values():
             yield from each.planned(found)
     chosen = {n: best for n in searches if (best := tuned(setting, scale, n, found)) is not None}
+    usual = {n: best for n, own in searches.items() if (best := _best({0.0: own[0.0]}, found)) is not None}
     start = searches[START][0.0].first(found)
     if start is not None and len(chosen) == len(searches):
+        earlier = [(n, seed) for seed in seeds for n in usual if usual[n] != chosen[n]]
+        yield from (live.restaged(fixed_run(setting, scale, n, usual[n], seed), BEFORE) for n, seed in earlier)
         yield from _reported(setting, scale, chosen, start, seeds)
 
 
@@ -328,6 +331,8 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     compared = compare_tasks(final, TASK, against=live.PRIMARY)
     if len(compared):
         found["arms"] = compared
+    if len(before := runs[runs["stage"] == BEFORE]):
+        found["before"] = against_earlier(final, before, TASK)
     if len(warming):
         found["opening"] = opening_noise(warming, curves)
         found["warm-up"] = warm_up(warming)

@@ -26,7 +26,7 @@ class Finished(Found):
 
     def __getitem__(self, run: Run) -> dict[str, Any]:
         recorded = {"schedule_k": [2, 4], "schedule_windows": [3, 5], "mean_batch": 96.0}
-        return recorded | {"final": 30.0 + abs(math.log(run.arm.lr / 8e-3))}
+        return recorded | {"diverged": False, "final": 30.0 + abs(math.log(run.arm.lr / 8e-3))}
 
 
 class TestFrontier:

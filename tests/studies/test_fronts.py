@@ -16,7 +16,7 @@ from studies.engine.arms import Arm, Decay
 from studies.engine.language import CharacterModel, LanguageTask, mean_loss, sequences
 from studies.engine.sweep import Found
 from studies.engine.training import train
-from studies.output.fronts import Frontier, claim_row, compare, compare_tasks, is_live
+from studies.output.fronts import Frontier, against_earlier, claim_row, compare, compare_tasks, is_live
 from studies.output.statistics import Interval
 from studies.questions import live
 
@@ -108,6 +108,18 @@ class TestTasks:
         assert "late" not in set(found["arm"])
         assert found["seeds"].unique().tolist() == [6]
         assert len(compare_tasks(rows[rows["arm"] == "early"], ["task"])) == 0
+
+    def test_beside_fixed_batches_as_they_were_an_arm_looks_better(self):
+        """Fixed 64, of 2,000 updates, ended as high as one of 1,000 before it was tuned again."""
+        rows = closed(table(arm=(2_000.0, 100 / np.sqrt(2_000))))
+        earlier = rows[rows["arm"] == "fixed 64"].assign(test_loss=100 / np.sqrt(1_000))
+        now, before = (
+            found.set_index("arm").loc["arm", "updates ratio"]
+            for found in (compare_tasks(rows, ["task"]), against_earlier(rows, earlier, ["task"]))
+        )
+        assert now == pytest.approx(1.0)
+        # A third of the way from 2,000 updates and 3.16 to 8,000 and 1.12, in logarithms.
+        assert before == pytest.approx(4 ** (-1 / 3))
 
     @pytest.mark.parametrize(("live", "verdict"), [(4, "supported"), (3, "undecided"), (0, "undecided")])
     def test_a_claim_on_runs_that_did_not_move_is_undecided(self, live, verdict):

@@ -50,104 +50,67 @@ Plan, on one core: calm MNIST with the decaying rate 5 hours; tuned arms and the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 import adaptbatch as ab
-from studies.engine import sweep
-from studies.engine.arms import Arm, Constant, Decay, Schedule, Warmup
-from studies.engine.networks import Residual
+from studies.engine.arms import Arm
 from studies.engine.reduce import recorded_steps
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
-from studies.engine.training import Task
-from studies.engine.tuning import Search, together
+from studies.engine.tuning import together
 from studies.output.front_figure import figure_of
-from studies.output.fronts import annealing, bootstrapped, claim_row, compare_tasks, feedback, tuned_rates
-from studies.questions import comparison
+from studies.output.fronts import (
+    BEFORE,
+    against_earlier,
+    annealing,
+    bootstrapped,
+    claim_row,
+    compare_tasks,
+    feedback,
+    tuned_rates,
+)
+from studies.questions.live.fixed import chosen, fixed_arm, fixed_searches, reported
+from studies.questions.live.setting import (
+    MICRO_BATCH,
+    NAME,
+    PASS,
+    SCALES,
+    START,
+    TUNED_RATES,
+    WARMUP,
+    Method,
+    Scale,
+    Setting,
+    Tuned,
+    labelled,
+    restaged,
+    search,
+)
 
-NAME = "live"
-MICRO_BATCH = 16
-START = 2 * MICRO_BATCH
-PASS = 128
-# Of the examples, and for which batches and rates it is tried: not for 16 and 32, as 64 gains 0.4 % by it, 384 7 %.
-WARMUP = 0.05
-WARM_BATCHES = (64, 96, 128, 192, 256, 384, 512, 1024)
-WARM_RATES = (8e-3, 1.6e-2, 3.2e-2)
-LONG_WARMUPS = (0.2, 0.4)
-LONG_BATCHES = (64, 96, 128, 192, 256, 384, 512)
-LONG_RATES = (3.2e-2, 6.4e-2)
-TUNED_RATES = (1.6e-2,)  # of an arm after a warm-up
-BATCHES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+__all__ = [
+    "MICRO_BATCH",
+    "PASS",
+    "SCALES",
+    "START",
+    "WARMUP",
+    "Method",
+    "Scale",
+    "Setting",
+    "Tuned",
+    "chosen",
+    "fixed_arm",
+    "fixed_searches",
+    "labelled",
+    "reported",
+    "restaged",
+]
 PRICES = (4.0 * START, 32.0 * START)
 PRIMARY = "theta 0.7, root"
-
-Rate = Literal["decaying", "constant"]
-Tuned = tuple[float, float]  # a learning rate, and the share of the examples over which it warms up
-
-
-@dataclass(frozen=True)
-class Scale(sweep.Scale):
-    """And which batches and rates are tried."""
-
-    batches: tuple[int, ...] = BATCHES
-    rates: tuple[float, ...] = RATES
-    warm_batches: tuple[int, ...] = WARM_BATCHES
-    warm_rates: tuple[float, ...] = WARM_RATES
-    long_warmups: tuple[float, ...] = LONG_WARMUPS
-    long_batches: tuple[int, ...] = LONG_BATCHES
-    long_rates: tuple[float, ...] = LONG_RATES
-
-    @property
-    def warmups(self) -> tuple[float, ...]:
-        """Shares of the examples that a fixed batch may warm up over."""
-        return (0.0, WARMUP, *self.long_warmups)
-
-
-SCALES: dict[str, Scale] = {
-    "smoke": Scale(2_000, (16, 8), 8, 2, (1000,), "digits", (32, 128, 512), (2e-3, 8e-3), (128,), (8e-3,), ()),
-    "laptop": Scale(128_000, (64, 16), 80, seeds=8),
-    "paper": Scale(10_800_000, (128, 32), 80, seeds=20),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One task: a network, a data set and a kind of rate.
-
-    Attributes:
-        network: ``calm``: branches scaled by 1/sqrt(L); ``rezero`` and ``noisy scaled``: the noisy network, whose
-            branches are normalised, made trainable.
-        data: Data set; None: the preset's home.
-        rate: Of the learning rate.
-        whole: Whether all arms are run, or those of :data:`FEW`.
-    """
-
-    network: str
-    data: str | None = None
-    rate: Rate = "decaying"
-    whole: bool = False
-
-    def task(self, scale: Scale, micro_batch: int) -> Task:
-        """What its arms share."""
-        calm = self.network == "calm"
-        shared = comparison.task("calm" if calm else "noisy", self.data or scale.home, scale)
-        residual: Residual = "rezero" if self.network == "rezero" else "scaled"
-        return replace(shared, micro_batch=micro_batch, probe_every=scale.examples // 50, residual=residual)
-
-    def schedule(self, scale: Scale, warmup: float = 0.0) -> Schedule:
-        """Of the learning rate, which may warm up over a share of the examples."""
-        if self.rate == "decaying":
-            return Decay(scale.examples, warmup * scale.examples)
-        return Warmup(warmup * scale.examples) if warmup else Constant()
-
-
 SETTINGS = (
     Setting("calm", whole=True),
     Setting("calm", rate="constant", whole=True),
@@ -156,35 +119,6 @@ SETTINGS = (
     Setting("calm", "shuttle"),
     Setting("noisy scaled"),
 )
-
-
-@dataclass(frozen=True)
-class Method:
-    """A closed or open loop that starts from a small batch.
-
-    Attributes:
-        name: Of its arms, before how the rate follows.
-        rule: How it chooses the batch.
-        coupled: Whether the rate follows the root of the batch.
-        ghost: Whether single examples are measured, so that one micro-batch is enough.
-        start: The batch it starts from, whose tuned rate it takes [examples].
-    """
-
-    name: str
-    rule: ab.rules.Rule
-    coupled: bool = True
-    ghost: bool = False
-    start: int = START
-
-    @property
-    def label(self) -> str:
-        """Name of its arm."""
-        return f"{self.name}, root" if self.coupled else self.name
-
-    def arm(self, lr: float, schedule: Schedule, name: str | None = None) -> Arm:
-        """Its arm at a rate that is meant for :attr:`start`."""
-        coupling = ab.LearningRate("sqrt", self.start) if self.coupled else None
-        return Arm(name or self.label, self.rule, lr, schedule, coupling=coupling, ghost=self.ghost)
 
 
 def _both(name: str, rule: ab.rules.Rule) -> tuple[Method, Method]:
@@ -222,14 +156,17 @@ def plan(options: Options, found: Found) -> list[Run]:
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     searches = fixed_searches(setting, scale)
     for share in scale.warmups:
-        for search in fixed_searches(setting, scale, share).values():
-            yield from search.planned(found)
+        for each in fixed_searches(setting, scale, share).values():
+            yield from each.planned(found)
     fixed = [list(reported(setting, scale, n, seeds, found).values()) for n in searches]
     if not all(fixed):
         return
-    for *diverged, _ in fixed:
-        yield from (replace(run, labels=(*run.labels, ("stage", "diverged"))) for runs in diverged for run in runs)
-    start = {n: rate for n, search in searches.items() if (rate := search.first(found)) is not None}
+    for *diverged, runs in fixed:
+        yield from (restaged(run, "diverged") for runs in diverged for run in runs)
+    for n, (*_, runs) in zip(searches, fixed, strict=True):
+        *_, earlier = reported(setting, scale, n, seeds, found, scale.warmups[:2]).values()
+        yield from (restaged(run, BEFORE) for run in earlier if earlier != runs)
+    start = {n: rate for n, each in searches.items() if (rate := each.first(found)) is not None}
     ramp = Method("ramp 2 to 16", ab.Ramp(2, 16, float(scale.examples)))
     methods = [method for method in (*METHODS, ramp) if setting.whole or method.label in FEW]
     # Seed by seed, so that what is finished can be compared.
@@ -246,69 +183,6 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
             yield from _tuned(method, setting, scale, seeds, found)
 
 
-def fixed_arm(setting: Setting, scale: Scale, n: int, warmup: float = 0.0) -> Callable[[float], Arm]:
-    """The arm of a fixed batch at a rate, in as few passes of at most :data:`PASS` examples as there can be."""
-    return lambda lr: Arm(f"fixed {n}", ab.Fixed(math.ceil(n / PASS)), lr, setting.schedule(scale, warmup))
-
-
-def reported(setting: Setting, scale: Scale, n: int, seeds: range, found: Found) -> dict[Tuned, list[Run]]:
-    """A fixed batch's runs, last those that count, after those at better rates that diverged on a reported seed.
-
-    Returns:
-        By rate and the share of its warm-up; empty before all are tuned.
-    """
-    by_share = {share: fixed_searches(setting, scale, share) for share in scale.warmups}
-    means = together({share: searches[n] for share, searches in by_share.items() if n in searches}, found)
-    runs: dict[Tuned, list[Run]] = {}
-    for lr, share in sorted(means, key=means.__getitem__):
-        arm = fixed_arm(setting, scale, n, share)(lr)
-        runs[lr, share] = own = [labelled("final", setting, scale, arm, seed, n) for seed in seeds]
-        if not any(row["diverged"] for run in own if (row := found.get(run)) is not None):
-            break
-    return runs
-
-
-def chosen(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned:
-    """What a fixed batch takes once it is tuned, and reported so far."""
-    return next(reversed(reported(setting, scale, n, range(scale.seeds), found)))
-
-
-def labelled(
-    stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch: int = 0, method: str | None = None
-) -> Run:
-    """A run with its labels; ``batch`` is that of a fixed batch."""
-    task = setting.task(scale, batch // math.ceil(batch / PASS) if batch else MICRO_BATCH)
-    labels = {"stage": stage, "network": setting.network, "data": task.data, "rate": setting.rate}
-    labels |= {"method": method or arm.name, "lr": arm.lr, "fixed": int(batch > 0)}
-    labels["warmup"] = getattr(arm.schedule, "warmup", 0.0) / scale.examples
-    return Run(NAME, task, arm, seed, tuple(labels.items()))
-
-
-def _search(
-    setting: Setting,
-    scale: Scale,
-    name: str,
-    make: Callable[[float], Arm],
-    batch: int = 0,
-    rates: tuple[float, ...] | None = None,
-) -> Search:
-    return Search(
-        rates or scale.rates,
-        lambda lr: [labelled("tune", setting, scale, make(lr), seed, batch, name) for seed in scale.tuning_seeds],
-    )
-
-
-def fixed_searches(setting: Setting, scale: Scale, warmup: float = 0.0) -> dict[int, Search]:
-    """Of every fixed batch, for its rate; with a warm-up of those for which one is tried."""
-    known = {0.0: (scale.batches, scale.rates), WARMUP: (scale.warm_batches, scale.warm_rates)}
-    batches, rates = known.get(warmup, (scale.long_batches, scale.long_rates))
-    suffix = f", warm-up {warmup:.0%}" if warmup else ""
-    return {
-        n: _search(setting, scale, f"fixed {n}{suffix}", fixed_arm(setting, scale, n, warmup), n, rates)
-        for n in batches
-    }
-
-
 def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     """The same at the rate of its own that is best for it; the primary one also after a warm-up."""
     name = f"{method.label}, tuned"
@@ -316,11 +190,11 @@ def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: 
     def make(lr: float, share: float = 0.0) -> Arm:
         return method.arm(lr, setting.schedule(scale, share), name)
 
-    searches = {0.0: _search(setting, scale, name, make)}
+    searches = {0.0: search(setting, scale, name, make)}
     for share in scale.long_warmups if method.label == PRIMARY else ():
-        searches[share] = _search(setting, scale, name, partial(make, share=share), rates=TUNED_RATES)
-    for search in searches.values():
-        yield from search.planned(found)
+        searches[share] = search(setting, scale, name, partial(make, share=share), rates=TUNED_RATES)
+    for each in searches.values():
+        yield from each.planned(found)
     if means := together(searches, found):
         best = make(*min(means, key=means.__getitem__))
         yield from (labelled("final", setting, scale, best, seed) for seed in seeds)
@@ -353,6 +227,8 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
     tried, final = runs[runs["stage"] == "tune"], runs[runs["stage"] == "final"]
     found = {"tuning": tuned_rates(tried, TASK)}
     compared = compare_tasks(final, TASK, against=PRIMARY)
+    if len(before := runs[runs["stage"] == BEFORE]):
+        found["before"] = against_earlier(final, before, TASK)
     if len(compared):
         auroc = final.groupby([*TASK, "arm"])["auroc"].mean().rename("auroc")
         found["arms"] = compared.join(auroc, on=[*TASK, "arm"])

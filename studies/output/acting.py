@@ -1,0 +1,139 @@
+"""The studies in which the controller acts, in words and tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from studies.engine.results import RESULTS
+from studies.output.markdown import interval, markdown, table
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is said of a study's first task.
+
+    Attributes:
+        setting: What is trained, and how.
+        unit: Of what is learnt from.
+        task: Columns that tell its tasks apart, with the values of the first.
+        clock: What grows by the clock, by what it is called.
+        alone: Arms without a coupling.
+    """
+
+    setting: str
+    unit: str
+    task: dict[str, object]
+    clock: dict[str, str]
+    alone: tuple[str, ...]
+
+
+ACTING = {
+    "transformer": Task(
+        setting="On a character transformer (a million characters, AdamW, a learning rate that decays to zero)",
+        unit="characters",
+        task={"order": "pre", "millions": 1},
+        clock={"linear ramp, root": "a linear ramp of its range", "exponential ramp, root": "an exponential one"},
+        alone=("theta 0.7", "theta 1", "pareto 2048"),
+    ),
+    "live": Task(
+        setting="On the calm 80-layer network (MNIST, micro-batches of 16, a learning rate that decays to zero)",
+        unit="examples",
+        task={"network": "calm", "data": "mnist", "rate": "decaying"},
+        clock={"ramp 2 to 16, root": "a linear ramp"},
+        alone=("theta 0.7", "theta 1", "pareto 128"),
+    ),
+}
+PRIMARY = "theta 0.7, root"
+TUNED = f"{PRIMARY}, tuned"
+
+
+def what_it_saves(study: str) -> str:
+    """The primary arm, tuned as fixed batches are and not tuned at all."""
+    arms, said = _arms(study), ACTING[study]
+    own = arms.loc[PRIMARY]
+    return (
+        f"{said.setting}, `RelativeStandardError(0.7)` with `LearningRate('sqrt')` takes "
+        f"{_ratio(arms.loc[TUNED], 'updates ratio')} of the updates that fixed batches need for the same loss from the "
+        f"same {said.unit}, rate and warm-up tuned on both sides. Not tuned at all, with the rate and the warm-up of "
+        f"the small batch that it starts from, it takes {_ratio(own, 'updates ratio')}: after as many updates it ends "
+        f"at {_ratio(own, 'loss ratio')} of the loss of a fixed batch that was tuned."
+    )
+
+
+def what_it_owes_to(study: str) -> str:
+    """What a sceptic asks: a constant batch, its own batches, the clock, no coupling."""
+    arms, said = _arms(study), ACTING[study]
+    alone = arms.loc[list(said.alone), "updates ratio"]
+    beside = {"a constant batch of its own mean and coupling": "constant mean", "its own batches, replayed": "replay"}
+    beside |= {words: arm for arm, words in said.clock.items()}
+    others = ", ".join(f"{_ratio(arms.loc[arm], 'over')} of {words}" for words, arm in beside.items())
+    return (
+        f"Not tuned, it takes {others}. Without the coupling rules take {alone.min():.2f} to {alone.max():.2f} of the "
+        f"fixed batches' updates."
+    )
+
+
+def _arms(study: str) -> pd.DataFrame:
+    """Of the study's first task, by name."""
+    arms = pd.read_parquet(RESULTS / study / "arms.parquet")
+    for column, value in ACTING[study].task.items():
+        arms = arms[arms[column] == value]
+    return arms.set_index("arm")
+
+
+def _ratio(row: pd.Series, name: str) -> str:
+    return f"{row[name]:.2f} ({row[f'{name} low']:.2f} to {row[f'{name} high']:.2f})"
+
+
+def acting_section(study: str) -> str:
+    """Every arm against the frontier, and the claims."""
+    arms = pd.read_parquet(RESULTS / study / "arms.parquet")
+    claims = pd.read_parquet(RESULTS / study / "claims.parquet")
+    names = ACTING[study].task
+    ends = {
+        ", ".join(names): ", ".join(f"{{{name}}}" for name in names),
+        "arm": "{arm}",
+        "updates": "{updates:,.0f}",
+        "test loss": "{loss:.2f}",
+        "updates, of a fixed batch of that loss (95 %)": interval("updates ratio"),
+        "loss, of a fixed batch of these updates (95 %)": interval("loss ratio"),
+        "live": "{live:.0f} of {seeds:.0f}",
+        "rate": "{lr:.2g}",
+        "mean batch": "{mean n:,.0f}",
+    }
+    if "auroc" in arms:
+        ends["AUROC"] = "{auroc:.3f}"
+    said = {
+        "claim": "{claim}: {what}",
+        "where": "{where}",
+        "value (95 %)": "{value:.3f} ({low:.3f} to {high:.3f})",
+        "verdict": "{verdict}",
+    }
+    return f"{what_it_saves(study)} {what_it_owes_to(study)}\n\n{table(arms, ends)}\n\n{table(claims, said)}"
+
+
+# Rules by what is the same in every task: a price is in starting batches.
+RULES = {
+    "`RelativeStandardError(0.7)`": ("theta 0.7",),
+    "`RelativeStandardError(1.0)`": ("theta 1",),
+    "`Pareto`, at 4 starting batches": ("pareto 128", "pareto 2048"),
+    "`Pareto`, at 32 starting batches": ("pareto 1024", "pareto 16384"),
+}
+
+
+def defaults_section() -> str:
+    """Each rule's updates ratio with the root coupling and without, over all tasks."""
+    rows: list[dict[str, str]] = []
+    for study, said in ACTING.items():
+        arms = pd.read_parquet(RESULTS / study / "arms.parquet")
+        for values, part in arms.groupby(list(said.task), sort=False):
+            own = part.set_index("arm")
+            for rule, names in RULES.items():
+                (name,) = (name for name in names if {name, f"{name}, root"} & set(own.index))
+                row = {"task": f"{study}: {', '.join(map(str, values))}", "rule": rule}
+                for kind, arm in {"rate follows the root": f"{name}, root", "rate as it was": name}.items():
+                    row[kind] = _ratio(own.loc[arm], "updates ratio") if arm in own.index else "-"
+                rows.append(row)
+    return markdown(rows)
