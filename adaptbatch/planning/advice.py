@@ -127,7 +127,7 @@ def plan(
 
         S / S_min = 1 + B / n        E / E_min = 1 + n / B        seconds = S (fixed + sync + per_example n / devices)
 
-    It assumes that the learning rate is tuned at every batch, and that one step along a noisy gradient tells of all.
+    It assumes that rate and warm-up are tuned at every batch, and that one step along a noisy gradient tells of all.
     The critical batch that is measured (:func:`adaptbatch.critical_batch`) may be a few times ``B``: ``calibration``
     takes that factor.
 
@@ -328,7 +328,7 @@ def _texts(row: pd.Series) -> list[str]:
 
 
 _ASSUMES = (
-    "Assumes that a step of n goes 1 / (1 + B / n) of the way of one without noise, the rate tuned at each batch."
+    "Assumes that a step of n goes 1 / (1 + B / n) of the way of one without noise, rate and warm-up tuned at each n."
 )
 _WAYS_OUT = {
     "micro_batch": "None takes the run's",

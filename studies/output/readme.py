@@ -176,7 +176,8 @@ def _what_it_foretells() -> str:
         f"the same loss: they took {off[near].min():.2f} to {off[near].max():.2f} of that. Beyond, it was too hopeful: "
         f"{' and '.join(f'{n:,.0f}' for n in found.loc[~near, 'batch'])} took "
         f"{' and '.join(f'{ratio:.2f}' for ratio in off[~near])}, without the warm-up that "
-        f"{runs['batch'].min():.0f} to {runs['batch'].max():.0f} had to choose."
+        f"{runs['batch'].min():.0f} to {runs['batch'].max():.0f} had to choose, and all without the longer ones that "
+        f"they have had since."
     )
 
 
