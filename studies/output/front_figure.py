@@ -29,20 +29,21 @@ def figure_of(tables: Callable[[Path], Mapping[str, pd.DataFrame]], task: Sequen
     """
 
     def draw(folder: Path) -> None:
-        arms = tables(folder).get("arms")
-        if arms is not None:
-            draw_fronts(arms, task, folder)
+        found = tables(folder)
+        if "arms" in found:
+            draw_fronts(found["arms"], task, folder, found.get("before"))
 
     return draw
 
 
-def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path) -> None:
+def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path, before: pd.DataFrame | None = None) -> None:
     """Save ``figure``: a row for each task, its frontier with all arms, and their ratios with intervals.
 
     Args:
         arms: Table of :func:`studies.output.fronts.compare` with the columns ``task`` and ``live``.
         task: Columns that tell tasks apart.
         folder: Of the study.
+        before: The same with fixed batches as they were at first, whose frontier is drawn beside; None: without.
     """
     tasks = list(arms.groupby(list(task), sort=False))
     with plt.rc_context(STYLE):
@@ -57,6 +58,8 @@ def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path) -> None:
         )
         for (names, part), (left, right) in zip(tasks, grid, strict=True):
             _loss_by_updates(left, part)
+            if before is not None:
+                _frontier(left, before[(before[list(task)] == list(names)).all(axis=1)], label="with shorter warm-ups")
             left.set_title(", ".join(map(str, names)))
             _ratios(right, part)
         grid[-1, 0].set_xlabel("updates, at equal examples")
@@ -74,8 +77,7 @@ def _loss_by_updates(axes: Axes, part: pd.DataFrame) -> None:
     """Fixed batches with their frontier, arms as diamonds."""
     fixed, others = part[part["fixed"]].sort_values("updates"), part[~part["fixed"] & np.isfinite(part["loss"])]
     known = fixed[np.isfinite(fixed["loss"])]
-    front = Frontier.of(known["updates"].to_numpy(), known["loss"].to_numpy())
-    axes.plot(front.updates, front.losses, color="#BBBBBB", zorder=0)
+    _frontier(axes, known)
     axes.plot(known["updates"], known["loss"], KINDS["fixed"][1], color="#777777", markersize=5)
     for row in known.itertuples():
         axes.annotate(
@@ -96,6 +98,17 @@ def _loss_by_updates(axes: Axes, part: pd.DataFrame) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("loss at the end")
+
+
+def _frontier(axes: Axes, part: pd.DataFrame, label: str = "") -> None:
+    """Of the fixed batches; dotted and labelled where it is not the one that counts."""
+    known = part[part["fixed"] & np.isfinite(part["loss"])]
+    if not len(known):
+        return
+    front = Frontier.of(known["updates"].to_numpy(), known["loss"].to_numpy())
+    axes.plot(front.updates, front.losses, ":" if label else "-", color="#BBBBBB", zorder=0, label=label)
+    if label:
+        axes.legend(fontsize=7.5, loc="upper right")
 
 
 def _ratios(axes: Axes, part: pd.DataFrame) -> None:

@@ -30,7 +30,7 @@ What the plan was, and what changed after runs had been seen, always in the fron
   foretold. So these have it too; and as one of eight fresh seeds diverged at the rate so chosen for 512, a fixed batch
   that does takes its next best rate (its runs are of stage ``diverged``), which an adaptive arm does not.
 * A pilot (one tuning seed) of longer warm-ups, of 20 and 40 %, found 31.9 for fixed 192 with either, against 32.7 with
-  5 %: as much as the gain that had been reported. So 64 to 512 are tuned with these too, and so is V4's primary arm.
+  5 %: as much as the gain that had been reported. So 64 to 1024 are tuned with these too, and so is V4's primary arm.
 
 Registered before its runs, after pilots of one to three seeds that are not among the results:
 
