@@ -4,9 +4,8 @@ Four arms in the same loop, on one seed, with the same examples and a rate that 
 :mod:`studies.questions.live` on its calm network, where micro-batches of 16 leave the controller room. The adaptive arm
 is that study's primary one, ``theta 0.7`` with a rate that follows the root of the batch; its batch grows from 32 to
 some hundreds, with a mean of about 200. So the fixed arms are 64, which ends at a lower loss for three times the
-updates, 192, near its mean, and 384, near where it ends. Their rates, and a warm-up of a twentieth of the examples, are
-those that the live study found best for each; the adaptive arm, whose own rate begins low and was not tuned, has that
-of the batch it starts from.
+updates, 192, near its mean, and 384, near where it ends. Their rates and warm-ups are those that the live study found
+best for each; the adaptive arm was not tuned, and has the rate of the batch it starts from.
 
 What this job cannot show, with one seed: how many updates that saves. It shows that the batch moves, and where that
 ends beside a tuned constant batch with as many updates; the live study has the ratio and its interval.
@@ -27,8 +26,8 @@ SCALE, SETTING = live.SCALES["laptop"], live.SETTINGS[0]
 MICRO_BATCH = live.MICRO_BATCH
 TASK = SETTING.task(SCALE, MICRO_BATCH)
 ADAPTIVE = "adaptive"
-# What live's tuning found, for a fixed batch with a warm-up and for the one from which the adaptive arm starts.
-RATES = {64: 1.6e-2, 192: 3.2e-2, 384: 4.53e-2}
+# What live's tuning found: a fixed batch's rate and the share of its warm-up, and the rate of the adaptive arm's start.
+TUNED = {64: (1.6e-2, 0.05), 192: (4.53e-2, 0.4), 384: (4.53e-2, 0.4)}
 START_RATE = 8e-3
 # A plan is drawn from the first: its windows of several sizes tell a step's seconds from an example's.
 PLANNED = (ADAPTIVE, "fixed 192")
@@ -41,8 +40,11 @@ def passes(batch: int) -> int:
 
 def arms(examples: int = TASK.examples) -> list[tuple[Arm, int]]:
     """Each arm with its micro-batch."""
-    decay, warm = Decay(examples), Decay(examples, live.WARMUP * examples)
-    fixed = [(Arm(f"fixed {n}", ab.Fixed(passes(n)), lr, warm), n // passes(n)) for n, lr in RATES.items()]
+    decay = Decay(examples)
+    fixed = [
+        (Arm(f"fixed {n}", ab.Fixed(passes(n)), lr, Decay(examples, share * examples)), n // passes(n))
+        for n, (lr, share) in TUNED.items()
+    ]
     coupling = ab.LearningRate("sqrt", live.START)
     adaptive = Arm(ADAPTIVE, ab.RelativeStandardError(theta=0.7), START_RATE, decay, coupling=coupling)
     return [(adaptive, MICRO_BATCH), *fixed]
