@@ -42,9 +42,11 @@ def live(ledger: Ledger) -> None:
     holds("every adaptive run of the live study is live", bool((adaptive["live"] == adaptive["seeds"]).all()))
     holds("none of them diverges", bool((adaptive["diverged"] == 0).all()))
     holds("without a coupling all are behind the frontier", bool((uncoupled > 1).all()))
+    holds("and behind what is coupled", bool(uncoupled.min() > adaptive.loc["theta 0.7, root", "updates ratio"]))
     claims = ledger.frame("live/claims")
     verdict = claims.set_index(["claim", "what"])["verdict"]
     holds("V3 is supported", set(verdict["V3"]) == {"supported"})
+    holds("V1 is not supported", set(verdict["V1"]) == {"not supported"})
     _ratio(ledger, "live.over mean", "constant mean", "supported")
     _ratio(ledger, "live.over ramp", "ramp 2 to 16, root", "undecided")
     _ratio(ledger, "live.over replay", "replay", "undecided")
