@@ -33,7 +33,7 @@ Registered before its runs, after pilots of one or two seeds that are not among 
   same mean, and of ramps, linear and exponential, from where it starts to where it ended on these four, 32
   micro-batches.
 * L6 (registered with the longer warm-ups, before its runs): with its rate and its warm-up tuned (8 trials, where a
-  fixed batch has 13) ``theta 0.7, root, tuned`` has an updates ratio below 1.
+  fixed batch has 16) ``theta 0.7, root, tuned`` has an updates ratio below 1.
 
 Plan, on one core: 1 million, pre-LN and post-LN, 1.5 hours each; 4 million pre-LN 5; warm-up 1; 16 million 3.
 """
@@ -265,7 +265,7 @@ def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float
         return {share: Search((lr, *beside(lr)) if lr else (), partial(runs, share=share), refined=False)}
     longer = scale.long_warmups if n in LONG_BATCHES and setting == SMALL else ()
     return {0.0: Search(scale.rates, partial(runs, share=0.0))} | {
-        share: Search(LONG_RATES, partial(runs, share=share), refined=False) for share in longer
+        share: Search(LONG_RATES, partial(runs, share=share)) for share in longer
     }
 
 
