@@ -48,7 +48,7 @@ def live(ledger: Ledger) -> None:
     holds("V3 is supported", set(verdict["V3"]) == {"supported"})
     holds("V1 is not supported", set(verdict["V1"]) == {"not supported"})
     _ratio(ledger, "live.over mean", "constant mean", "supported")
-    _ratio(ledger, "live.over ramp", "ramp 2 to 16, root", "undecided")
+    _ratio(ledger, "live.over ramp", "ramp 2 to 16, root", "supported")
     _ratio(ledger, "live.over replay", "replay", "undecided")
 
 
