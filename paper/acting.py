@@ -17,6 +17,7 @@ _LIVE = {
     "mean": "constant mean",
     "tuned": "theta 0.7, root, tuned",
 }
+PRIMARY, RATIO = "theta 0.7, root", "updates ratio"
 # Longest warm-ups that fixed batches had to choose at first, as shares of the budget.
 FIRST = {"live": 0.05, "transformer": 0.1}
 _UNCOUPLED = ("theta 0.7", "theta 1", "pareto 128")
@@ -42,7 +43,7 @@ def live(ledger: Ledger) -> None:
     holds("every adaptive run of the live study is live", bool((adaptive["live"] == adaptive["seeds"]).all()))
     holds("none of them diverges", bool((adaptive["diverged"] == 0).all()))
     holds("without a coupling all are behind the frontier", bool((uncoupled > 1).all()))
-    holds("and behind what is coupled", bool(uncoupled.min() > adaptive.loc["theta 0.7, root", "updates ratio"]))
+    holds("and behind what is coupled", bool(uncoupled.min() > adaptive.loc[PRIMARY, RATIO]))
     claims = ledger.frame("live/claims")
     verdict = claims.set_index(["claim", "what"])["verdict"]
     holds("V3 is supported", set(verdict["V3"]) == {"supported"})
@@ -94,6 +95,11 @@ def transformer(ledger: Ledger) -> None:
     ledger.add("transformer.uncoupled", f"{alone.min():.2f} to {alone.max():.2f}", said)
     holds("every adaptive run of the transformer is live", bool((adaptive["live"] == adaptive["seeds"]).all()))
     holds("none of its runs diverges", bool((arms["diverged"] == 0).all()))
+    holds("without a coupling all are behind what is coupled", bool(alone.min() > adaptive.loc[PRIMARY, RATIO]))
+    claims = ledger.frame("transformer/claims")
+    verdict = {str(claim): set(part["verdict"]) for claim, part in claims.groupby("claim")}
+    holds("L1 is nowhere supported", "supported" not in verdict["L1"])
+    holds("L4 is supported", verdict["L4"] == {"supported"})
     runs, curves = (ledger.frame(f"transformer/{name}") for name in ("runs", "curves"))
     own = _of(runs, {"stage": "final", "arm": "theta 0.7, root", **where})["key"]
     scale = curves[curves["key"].isin(own)].sort_values("examples_seen").groupby("key")["noise_scale"]
