@@ -48,6 +48,7 @@ def live(ledger: Ledger) -> None:
     verdict = claims.set_index(["claim", "what"])["verdict"]
     holds("V3 is supported", set(verdict["V3"]) == {"supported"})
     holds("V1 is not supported", set(verdict["V1"]) == {"not supported"})
+    holds("V4 is undecided", set(verdict["V4"]) == {"undecided"})
     _ratio(ledger, "live.over mean", "constant mean", "supported")
     _ratio(ledger, "live.over ramp", "ramp 2 to 16, root", "supported")
     _ratio(ledger, "live.over replay", "replay", "undecided")
@@ -99,7 +100,7 @@ def transformer(ledger: Ledger) -> None:
     claims = ledger.frame("transformer/claims")
     verdict = {str(claim): set(part["verdict"]) for claim, part in claims.groupby("claim")}
     holds("L1 is nowhere supported", "supported" not in verdict["L1"])
-    holds("L4 is supported", verdict["L4"] == {"supported"})
+    holds("L4 and L6 are supported", verdict["L4"] | verdict["L6"] == {"supported"})
     runs, curves = (ledger.frame(f"transformer/{name}") for name in ("runs", "curves"))
     own = _of(runs, {"stage": "final", "arm": "theta 0.7, root", **where})["key"]
     scale = curves[curves["key"].isin(own)].sort_values("examples_seen").groupby("key")["noise_scale"]
