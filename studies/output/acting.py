@@ -57,9 +57,10 @@ def what_it_saves(study: str) -> str:
         f"{said.setting}, `RelativeStandardError(0.7)` with `LearningRate('sqrt')` takes "
         f"{_ratio(arms.loc['constant mean'], 'over')} of the updates that a fixed batch of its own mean takes to the "
         f"same loss from the same {said.unit}, where neither is tuned: both have the rate and the warm-up of a small "
-        f"batch, and the rate follows the root of the batch. With rate and warm-up tuned on both sides it takes "
-        f"{_ratio(arms.loc[TUNED], 'updates ratio')}; not tuned, beside fixed batches that are, "
-        f"{_ratio(own, 'updates ratio')}, at {_ratio(own, 'loss ratio')} of their loss after as many updates."
+        f"batch, and the rate follows the root of the batch. Of the updates of fixed batches whose rate and warm-up "
+        f"are tuned it takes {_ratio(arms.loc[TUNED], 'updates ratio')} where its own are too, and "
+        f"{_ratio(own, 'updates ratio')} where they are not, at {_ratio(own, 'loss ratio', '.3f')} of their loss after "
+        f"as many updates."
     )
 
 
@@ -86,8 +87,8 @@ def _arms(study: str, table: str = "arms") -> pd.DataFrame:
     return arms.set_index("arm")
 
 
-def _ratio(row: pd.Series, name: str) -> str:
-    return f"{row[name]:.2f} ({row[f'{name} low']:.2f} to {row[f'{name} high']:.2f})"
+def _ratio(row: pd.Series, name: str, form: str = ".2f") -> str:
+    return f"{row[name]:{form}} ({row[f'{name} low']:{form}} to {row[f'{name} high']:{form}})"
 
 
 def acting_section(study: str) -> str:

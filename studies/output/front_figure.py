@@ -20,28 +20,33 @@ OPEN = "#D55E00"
 OPEN_LOOP = r"\bramp\b|replay|constant mean"
 
 
-def figure_of(tables: Callable[[Path], Mapping[str, pd.DataFrame]], task: Sequence[str]) -> Callable[[Path], None]:
+def figure_of(
+    tables: Callable[[Path], Mapping[str, pd.DataFrame]], task: Sequence[str], title: str
+) -> Callable[[Path], None]:
     """:func:`draw_fronts` of a study's folder; nothing before a task has a frontier.
 
     Args:
         tables: Of a folder, among them ``arms``.
         task: Columns that tell tasks apart.
+        title: Of each task, a format of these columns.
     """
 
     def draw(folder: Path) -> None:
         found = tables(folder)
         if "arms" in found:
-            draw_fronts(found["arms"], task, folder, found.get("before"))
+            draw_fronts(found["arms"], task, title, folder, found.get("before"))
 
     return draw
 
 
-def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path, before: pd.DataFrame | None = None) -> None:
+def draw_fronts(
+    arms: pd.DataFrame, task: Sequence[str], title: str, folder: Path, before: pd.DataFrame | None = None
+) -> None:
     """Save ``figure``: a row for each task, its frontier with all arms, and their ratios with intervals.
 
     Args:
         arms: Table of :func:`studies.output.fronts.compare` with the columns ``task`` and ``live``.
-        task: Columns that tell tasks apart.
+        task, title: Columns that tell tasks apart, and a format of them.
         folder: Of the study.
         before: The same with fixed batches as they were at first, whose frontier is drawn beside; None: without.
     """
@@ -60,7 +65,7 @@ def draw_fronts(arms: pd.DataFrame, task: Sequence[str], folder: Path, before: p
             _loss_by_updates(left, part)
             if before is not None:
                 _frontier(left, before[(before[list(task)] == list(names)).all(axis=1)], label="with shorter warm-ups")
-            left.set_title(", ".join(map(str, names)))
+            left.set_title(title.format(*names))
             _ratios(right, part)
         grid[-1, 0].set_xlabel("updates, at equal examples")
         grid[-1, 1].set_xlabel("updates, over those of a fixed batch of that loss")

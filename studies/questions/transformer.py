@@ -380,6 +380,6 @@ STUDY = Study(
     "the same on a character language model, by budget, and the role of the warm-up",
     plan,
     from_runs(tables),
-    figures=figure_of(from_runs(tables), TASK),
+    figures=figure_of(from_runs(tables), TASK, "{}-LN, {:g} million characters"),
     order=4,
 )

@@ -272,6 +272,6 @@ STUDY = Study(
     "updates at equal examples and equal loss, with a controller that acts",
     plan,
     from_runs(tables),
-    figures=figure_of(from_runs(tables), TASK),
+    figures=figure_of(from_runs(tables), TASK, "{}, {}, {} rate"),
     order=3,
 )
