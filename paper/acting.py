@@ -14,7 +14,6 @@ _LIVE = {
     "pareto": "pareto 128, root",
     "pareto 1024": "pareto 1024, root",
     "ghost": "ghost, theta 1, root",
-    "mean": "constant mean",
     "tuned": "theta 0.7, root, tuned",
 }
 PRIMARY, RATIO = "theta 0.7, root", "updates ratio"
@@ -37,6 +36,7 @@ def live(ledger: Ledger) -> None:
     ledger.interval("live.loss", place, "loss ratio", ".2f", arm="theta 0.7, root")
     ledger.interval("live.before", "live/before", "updates ratio", ".2f", arm="theta 0.7, root")
     _warmed(ledger, "live", 192, ledger.frame("live/runs"))
+    ledger.add("live.short", f"{FIRST['live']:.0%}", "the code: WARMUP of studies/questions/live")
     ledger.add("live.theta", "0.7", "the code: RelativeStandardError(0.7) of studies/questions/live")
     ledger.cell("live.seeds", place, "seeds", ".0f", arm="theta 0.7, root")
     ledger.cell("live.last", place, "last n", ",.0f", arm="theta 0.7, root")
@@ -85,7 +85,6 @@ def transformer(ledger: Ledger) -> None:
     ledger.interval("transformer.before", "transformer/before", "updates ratio", ".2f", arm="theta 0.7, root", **where)
     ledger.interval("transformer.loss", place, "loss ratio", ".2f", arm="theta 0.7, root", **where)
     ledger.cell("transformer.seeds", place, "seeds", ".0f", arm="theta 0.7, root", **where)
-    ledger.cell("transformer.last", place, "last n", ",.0f", arm="theta 0.7, root", **where)
     for name, arm in {"mean": "constant mean", "replay": "replay"}.items():
         ledger.interval(f"transformer.over {name}", place, "over", ".2f", arm=arm, **where)
     for shape in ("linear", "exponential"):
@@ -107,15 +106,17 @@ def transformer(ledger: Ledger) -> None:
     for name, at in {"early": 1, "late": -1}.items():
         said = f"transformer/curves: median noise_scale of theta 0.7, root at evaluation {at} of each run, from 0"
         ledger.add(f"transformer.B {name}", f"{scale.nth(at).median():,.0f}", said)
-    for batch in (512, 2048):
-        _warmed(ledger, "transformer", batch, _of(runs, where))
+    _warmed(ledger, "transformer", 2048, _of(runs, where))
 
 
 def _warmed(ledger: Ledger, study: str, batch: int, runs: pd.DataFrame) -> None:
     """The best mean tuning loss of a fixed batch with the warm-up that it had at first, and with any; its share."""
     tried = _of(runs, {"stage": "tune", "arm": f"fixed {batch}"})
     means = tried.groupby(["warmup", "lr"])["final"].mean()
-    first = means[means.index.get_level_values("warmup") <= FIRST[study]]
+    shares = means.index.get_level_values("warmup")
+    first, longer = means[shares <= FIRST[study]], shares[shares > FIRST[study]]
+    said = f"{study}/runs: stage = tune, arm = fixed {batch}: shortest and longest warmup above {FIRST[study]}"
+    ledger.add(f"{study}.longer", f"{longer.min():.0%} to {longer.max():.0%}", said)
     said = f"{study}/runs: stage = tune, arm = fixed {batch}: smallest mean of final"
     ledger.add(f"{study}.first {batch}", shown(first.min(), ".2f"), f"{said}, warmup up to {FIRST[study]}")
     ledger.add(f"{study}.best {batch}", shown(means.min(), ".2f"), said)
