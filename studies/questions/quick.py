@@ -27,7 +27,7 @@ MICRO_BATCH = live.MICRO_BATCH
 TASK = SETTING.task(SCALE, MICRO_BATCH)
 ADAPTIVE = "adaptive"
 # What live's tuning found: a fixed batch's rate and the share of its warm-up, and the rate of the adaptive arm's start.
-TUNED = {64: (1.6e-2, 0.05), 192: (4.53e-2, 0.4), 384: (4.53e-2, 0.4)}
+TUNED = {64: (1.6e-2, 0.05), 192: (4.53e-2, 0.4), 384: (3.2e-2, 0.4)}
 START_RATE = 8e-3
 # A plan is drawn from the first: its windows of several sizes tell a step's seconds from an example's.
 PLANNED = (ADAPTIVE, "fixed 192")

@@ -14,11 +14,12 @@ from studies import data
 from studies.engine import reduce
 from studies.engine.arms import Arm, Decay
 from studies.engine.language import CharacterModel, LanguageTask, mean_loss, sequences
+from studies.engine.results import load
 from studies.engine.sweep import Found
 from studies.engine.training import train
 from studies.output.fronts import Frontier, against_earlier, claim_row, compare, compare_tasks, is_live
 from studies.output.statistics import Interval
-from studies.questions import live
+from studies.questions import live, quick
 
 
 def table(noise: float = 0.0, seeds: int = 6, **arms: tuple[float, float]) -> pd.DataFrame:
@@ -213,3 +214,11 @@ class TestWhatIsReported:
 
     def test_nothing_is_reported_before_it_is_tuned(self):
         assert live.reported(live.SETTINGS[0], live.SCALES["smoke"], 128, range(2), Found(Path("nowhere"))) == {}
+
+
+def test_the_main_job_has_the_rates_and_warm_ups_that_the_live_study_reports():
+    runs = load("live")
+    final = runs[(runs["stage"] == "final") & (runs["network"] == "calm") & (runs["rate"] == "decaying")]
+    known = final.groupby("arm")[["lr", "warmup"]].first()
+    assert {n: tuple(known.loc[f"fixed {n}"]) for n in quick.TUNED} == quick.TUNED
+    assert known.loc["theta 0.7, root", "lr"] == quick.START_RATE

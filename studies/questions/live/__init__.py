@@ -161,7 +161,7 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
     fixed = [list(reported(setting, scale, n, seeds, found).values()) for n in searches]
     if not all(fixed):
         return
-    for *diverged, runs in fixed:
+    for *diverged, _ in fixed:
         yield from (restaged(run, "diverged") for runs in diverged for run in runs)
     for n, (*_, runs) in zip(searches, fixed, strict=True):
         *_, earlier = reported(setting, scale, n, seeds, found, scale.warmups[:2]).values()
