@@ -35,7 +35,7 @@ def live(ledger: Ledger) -> None:
     ledger.add("live.uncoupled", f"{uncoupled.min():.2f} to {uncoupled.max():.2f}", said)
     ledger.interval("live.loss", place, "loss ratio", ".2f", arm="theta 0.7, root")
     ledger.interval("live.before", "live/before", "updates ratio", ".2f", arm="theta 0.7, root")
-    _warmed(ledger, "live", 192, ledger.frame("live/runs"))
+    _warmed(ledger, "live", 192, {"network": "calm", "data": "mnist", "rate": "decaying"})
     ledger.add("live.short", f"{FIRST['live']:.0%}", "the code: WARMUP of studies/questions/live")
     ledger.add("live.theta", "0.7", "the code: RelativeStandardError(0.7) of studies/questions/live")
     ledger.cell("live.seeds", place, "seeds", ".0f", arm="theta 0.7, root")
@@ -76,7 +76,7 @@ def _against_frontier(ledger: Ledger, name: str, place: str, arms: pd.DataFrame)
 def transformer(ledger: Ledger) -> None:
     """The same on a language model, what its noise scale does, and the controls."""
     place, where = "transformer/arms", {"order": "pre", "millions": 1}
-    arms = _of(ledger.frame(place), where)
+    arms = ledger.rows(place, where)
     _against_frontier(ledger, "transformer", place, arms)
     named = {"root": "theta 0.7, root", "theta 1": "theta 1, root", "pareto": "pareto 2048, root"}
     named |= {"tuned": "theta 0.7, root, tuned"}
@@ -100,18 +100,23 @@ def transformer(ledger: Ledger) -> None:
     verdict = {str(claim): set(part["verdict"]) for claim, part in claims.groupby("claim")}
     holds("L1 is nowhere supported", "supported" not in verdict["L1"])
     holds("L4 and L6 are supported", verdict["L4"] | verdict["L6"] == {"supported"})
-    runs, curves = (ledger.frame(f"transformer/{name}") for name in ("runs", "curves"))
-    own = _of(runs, {"stage": "final", "arm": "theta 0.7, root", **where})["key"]
+    own = ledger.rows("transformer/runs", {"stage": "final", "arm": PRIMARY, **where})["key"]
+    curves = ledger.frame("transformer/curves")
     scale = curves[curves["key"].isin(own)].sort_values("examples_seen").groupby("key")["noise_scale"]
     for name, at in {"early": 1, "late": -1}.items():
         said = f"transformer/curves: median noise_scale of theta 0.7, root at evaluation {at} of each run, from 0"
         ledger.add(f"transformer.B {name}", f"{scale.nth(at).median():,.0f}", said)
-    _warmed(ledger, "transformer", 2048, _of(runs, where))
+    holds("its noise scale grows more than tenfold", scale.nth(-1).median() > 10.0 * scale.nth(1).median())
+    _warmed(ledger, "transformer", 2048, where)
+    tried = ledger.rows("transformer/runs", {"stage": "final", "fixed": 1, **where})
+    tried = tried[tried["warmup"] > FIRST["transformer"]]
+    shares = tried.groupby(tried["arm"].str.removeprefix("fixed ").astype(int))["warmup"].first()
+    holds("larger batches want longer warm-ups", shares.is_monotonic_increasing and shares.iloc[0] < shares.iloc[-1])
 
 
-def _warmed(ledger: Ledger, study: str, batch: int, runs: pd.DataFrame) -> None:
+def _warmed(ledger: Ledger, study: str, batch: int, where: Mapping[str, object]) -> None:
     """The best mean tuning loss of a fixed batch with the warm-up that it had at first, and with any; its share."""
-    tried = _of(runs, {"stage": "tune", "arm": f"fixed {batch}"})
+    tried = ledger.rows(f"{study}/runs", {"stage": "tune", "arm": f"fixed {batch}", **where})
     means = tried.groupby(["warmup", "lr"])["final"].mean()
     shares = means.index.get_level_values("warmup")
     first, longer = means[shares <= FIRST[study]], shares[shares > FIRST[study]]
@@ -121,12 +126,6 @@ def _warmed(ledger: Ledger, study: str, batch: int, runs: pd.DataFrame) -> None:
     ledger.add(f"{study}.first {batch}", shown(first.min(), ".2f"), f"{said}, warmup up to {FIRST[study]}")
     ledger.add(f"{study}.best {batch}", shown(means.min(), ".2f"), said)
     ledger.add(f"{study}.share {batch}", f"{means.idxmin()[0]:.0%}", f"{said}: its warmup")
-
-
-def _of(frame: pd.DataFrame, where: Mapping[str, object]) -> pd.DataFrame:
-    for column, value in where.items():
-        frame = frame[frame[column] == value]
-    return frame
 
 
 def _ratio(ledger: Ledger, name: str, other: str, verdict: str) -> None:

@@ -97,17 +97,26 @@ class Ledger:
             raise LedgerError(f"{path} is missing: run `python -m studies run {study}`, or `report {study}`, first.")
         return read_table(path)
 
-    def row(self, place: str, where: Mapping[str, object]) -> pd.Series:
-        """The one row of a table where every column has the given value.
+    def rows(self, place: str, where: Mapping[str, object]) -> pd.DataFrame:
+        """The rows of a table where every column has the given value.
 
         Raises:
-            LedgerError: If there is none, or more than one.
+            LedgerError: If a column is missing.
         """
         frame = self.frame(place)
         for column, value in where.items():
             if column not in frame:
                 raise LedgerError(f"{place} must have the column {column!r}; it has {list(frame.columns)}.")
             frame = frame[frame[column] == value]
+        return frame
+
+    def row(self, place: str, where: Mapping[str, object]) -> pd.Series:
+        """The one row of a table where every column has the given value.
+
+        Raises:
+            LedgerError: If there is none, or more than one.
+        """
+        frame = self.rows(place, where)
         if len(frame) != 1:
             raise LedgerError(f"{place} must have one row where {dict(where)}, it has {len(frame)}.")
         return frame.iloc[0]

@@ -88,7 +88,7 @@ def _arms(study: str, table: str = "arms") -> pd.DataFrame:
 
 
 def _ratio(row: pd.Series, name: str, form: str = ".2f") -> str:
-    return f"{row[name]:{form}} ({row[f'{name} low']:{form}} to {row[f'{name} high']:{form}})"
+    return interval(name, form).format_map(row)
 
 
 def acting_section(study: str) -> str:

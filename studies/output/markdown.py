@@ -37,9 +37,9 @@ def table(frame: pd.DataFrame, cells: Mapping[str, Cell]) -> str:
     )
 
 
-def interval(name: str) -> str:
+def interval(name: str, form: str = ".3f") -> str:
     """The format of a column with its bounds."""
-    return f"{{{name}:.3f}} ({{{name} low:.3f}} to {{{name} high:.3f}})"
+    return f"{{{name}:{form}}} ({{{name} low:{form}}} to {{{name} high:{form}}})"
 
 
 def known(name: str, form: str = ",.0f") -> Callable[[pd.Series], str]:
