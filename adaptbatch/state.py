@@ -280,6 +280,8 @@ class State:
         # The first size is no change of one.
         changed = steps != at.accumulation_steps and at.window > 0
         measured = changed or evidence is None or listens(listen, evidence.typical, at)
+        if (steps, measured) == (at.accumulation_steps, at.listens):
+            return self
         progress = replace(at, accumulation_steps=steps, listens=measured)
         return replace(self, progress=progress, changed_at=at.examples_seen if changed else self.changed_at)
 

@@ -81,7 +81,6 @@ class Accumulator:
         self.window = Window()
         self.suspicion.take()
 
-    @torch.no_grad()
     def make_room(self, weight: float, expected: float) -> float:
         """Raise the reference of a window whose first micro-batches were light: a heavy one's loss is not blown up.
 

@@ -42,6 +42,7 @@ class GradientSeal:
     def __init__(self) -> None:
         self._closes, self._reads = 0, True
         self._known: Sequence[Parameter] = ()
+        self._few = False
         self._watched: Sequence[Parameter] = ()
         self._stamps: list[tuple[int, int] | None] = []
         self._part: Sequence[Parameter] = ()
@@ -56,8 +57,9 @@ class GradientSeal:
             reads: Whether norms on the CPU become numbers at once.
         """
         self._closes, self._reads = self._closes + 1, reads
-        self._known = parameters
-        whole = checks_all(turn) or _are_few(parameters)
+        if parameters is not self._known:
+            self._known, self._few = parameters, _are_few(parameters)
+        whole = self._few or checks_all(turn)
         part = parameters if whole else parameters[self._closes % PARTS % len(parameters) :: PARTS]
         seldom = whole or self._closes % SELDOM == 0
         self._watched = parameters if seldom else part

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -81,6 +82,8 @@ class Sensor:
         self._kept: WindowGradients | None = None
         self._previous = PreviousGradient() if consecutive else None
         self._scales: Sequence[Tensor] | None = None
+        self._known: list[Parameter] = []
+        self._kinds: dict[Parameter, tuple[torch.device, torch.dtype]] = {}
         self.sums = Sums()
         self.listens = True
         self.attach()
@@ -92,7 +95,10 @@ class Sensor:
         self._probe.attach(self._model, self._optimizer)
         self._ranks.require_synchronised(self._probe.parameters)
         self._stepped.forget()
-        self._kinds = {p: (p.device, p.dtype) for p in self._probe.parameters}
+        if self._probe.parameters is not self._known:
+            # The probe makes a new list where one of them is another, or of another kind.
+            self._known = self._probe.parameters
+            self._kinds = {p: (p.device, p.dtype) for p in self._known}
 
     def follow(self) -> bool:
         """Within a window: hook what was thawed, added or hooked by somebody else since its last micro-batch.

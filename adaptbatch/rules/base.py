@@ -166,7 +166,9 @@ def decide(
     """
     limits = limits.resolve(rule, progress.world_size, progress.by_example)
     # Limits may have changed under way: the rule decides from a size that they allow.
-    progress = replace(progress, accumulation_steps=limits.clamp(progress.accumulation_steps))
+    allowed = limits.clamp(progress.accumulation_steps)
+    if allowed != progress.accumulation_steps:
+        progress = replace(progress, accumulation_steps=allowed)
     if not progress.finite and rule.closed_loop:
         decision = Decision(progress.accumulation_steps, math.nan, "nonfinite")
     else:
@@ -180,7 +182,7 @@ def decide(
         reason = "at_max" if decision.accumulation_steps > limits.max_steps else "at_min"
     if not progress.finite and reason != "guard":
         reason = "nonfinite"
-    return replace(decision, accumulation_steps=steps, reason=reason)
+    return Decision(steps, decision.target_batch, reason)
 
 
 def _require_decision(rule: Rule, decision: object) -> None:

@@ -61,6 +61,19 @@ def empty_hooks(model: Autoencoder) -> Window:
     return hand_written(model)
 
 
+class Epoch:
+    """One of many windows, as in training, of a length that is known, as a DataLoader's is."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.cycle(self._batches)
+
+    def __len__(self) -> int:
+        return 10**9
+
+
 def adaptbatch(
     model: Autoencoder,
     optimizer: torch.optim.Optimizer | None = None,
@@ -77,14 +90,14 @@ def adaptbatch(
     rule, optimizer, loss = ab.RelativeStandardError(), optimizer or _adam(model), loss or model.loss
     controller = ab.BatchController(trained or model, optimizer, rule=rule, limits=limits, **options)
 
-    # One epoch of many windows, as in training: ranks vote at its start, not at each window's.
-    endless: Iterator[Tensor] = iter(())
+    # Ranks vote at an epoch's start, not at each window's.
+    epoch: Iterator[Tensor] = iter(())
 
     def window(batches: Sequence[Tensor]) -> None:
-        nonlocal endless
+        nonlocal epoch
         if controller.examples_seen == 0:
-            endless = controller.micro_batches(itertools.cycle(batches))
-        for x in endless:
+            epoch = controller.micro_batches(Epoch(batches))
+        for x in epoch:
             controller.backward(loss(x), weight=len(x))
             if controller.step_due:
                 if clips:
