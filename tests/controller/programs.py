@@ -36,6 +36,13 @@ def goes_on(c: ab.BatchController) -> None:
 
 
 def update_of(call: Callable[[], object], model: nn.Module) -> list[Tensor]:
-    before = [p.detach().clone() for p in model.parameters()]
+    parameters = list(model.parameters())
+    before = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        # From zero, where nothing of the update is rounded off against the parameter.
+        torch._foreach_zero_(parameters)
     call()
-    return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+    updates = [-p.detach() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_add_(parameters, before)
+    return updates
