@@ -44,18 +44,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 
 import adaptbatch as ab
 from studies.engine.arms import Arm, Decay, Schedule
 from studies.engine.language import LanguageTask, Order
+from studies.engine.results import load
 from studies.engine.runner import Run
 from studies.engine.sweep import TUNING_SEEDS, Found, Options, Study, from_runs
 from studies.engine.tuning import Search, beside, together
 from studies.output.front_figure import figure_of
 from studies.output.fronts import BEFORE, against_earlier, bootstrapped, claim_row, compare_tasks, feedback
 from studies.output.opening import noisier, opening_noise, openings, warm_up
+from studies.output.opening_figure import draw_openings
 from studies.output.statistics import Interval
 from studies.questions import live
 from studies.questions.live import Method, Tuned
@@ -375,11 +378,19 @@ def claims(table: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
+def draw(folder: Path) -> None:
+    """Loss against updates by budget; and where runs end by how they open."""
+    figure_of(from_runs(tables), TASK, "{}-LN, {:g} million characters")(folder)
+    runs = load(folder.name, folder=folder.parent)
+    if len(warming := runs[runs["stage"] == "warm-up"]):
+        draw_openings(warming, "{}-LN", folder)
+
+
 STUDY = Study(
     NAME,
     "the same on a character language model, by budget, and the role of the warm-up",
     plan,
     from_runs(tables),
-    figures=figure_of(from_runs(tables), TASK, "{}-LN, {:g} million characters"),
+    figures=draw,
     order=4,
 )
