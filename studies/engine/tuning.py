@@ -130,10 +130,11 @@ class Search:
 
 
 def together(searches: Mapping[float, Search], found: Found) -> dict[tuple[float, float], float]:
-    """The mean ``final`` by rate and by what tells the searches apart; empty before all are finished."""
+    """The mean ``final`` by rate and by what tells the searches apart, best first; empty before all are finished."""
     if any(search.best(found) is None for search in searches.values()):
         return {}
-    return {(lr, key): mean for key, search in searches.items() for lr, mean in search.means(found).items()}
+    means = {(lr, key): mean for key, search in searches.items() for lr, mean in search.means(found).items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
 def beside(rate: float) -> tuple[float, float]:

@@ -129,7 +129,8 @@ def tables(runs: pd.DataFrame, windows: pd.DataFrame, branches: pd.DataFrame) ->
     if "task" not in runs:
         return {}
     predictions, followed, beside, claimed = [], [], [], []
-    for name, part in runs.dropna(subset="task").groupby("task", sort=False):
+    counted = runs[runs["stage"] == "final"].dropna(subset="task")
+    for name, part in counted.groupby("task", sort=False):
         own, cut = windows[windows["task"] == name], branches[branches["task"] == name]
         if not len(own):
             continue

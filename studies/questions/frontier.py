@@ -84,7 +84,7 @@ def decaying(options: Options, found: Found) -> Iterator[Run]:
             part = replace(scale, examples=round(budget * scale.examples))
             arms: list[tuple[Arm, int]] = []
             for n in DECAYED:
-                rate, warmup = live.chosen(setting, scale, n, found)
+                (rate, warmup), *_ = live.ranked(setting, scale, n, found)
                 arms.append((live.fixed_arm(setting, part, n, warmup)(rate), n))
             start = plain[live.START].first(found)
             assert start is not None

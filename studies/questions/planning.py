@@ -17,7 +17,8 @@ with a constant rate, whose curves have no such bias, were the alternative: but 
 their rate, a tuned constant rate is another for each target, and no one trains so. Batches are the sweep's powers of
 two (16 to 1024 examples; 256 to 8,192 characters), the loss is ``test_loss``. Rates and warm-ups (as shares) are those
 that the sweep's search found at its own budget: where a longer one would want a lower rate, large batches look dearer
-than they are. A task whose sweep is not there waits for it.
+than they are; a rate at which a run diverges is left for the search's next best, as in the sweep (its runs have the
+stage ``diverged``). A task whose sweep is not there waits for it.
 
 Registered before its runs:
 
@@ -47,7 +48,7 @@ without branches: 10 to 17 minutes each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Subject:
         budget: Of the sweep.
         batches: Of the sweep, that are compared.
         searches: Of the sweep, for the rates of these batches.
-        tuned: A batch's rate and the share of its warm-up, once they are finished.
+        ranked: A batch's rates and shares of the warm-up, from the best on, once they are finished.
         run: A fixed batch's run: budget, batch, rate and share, seed.
         part: Of the sweep's budget that the measured run has, one of so many.
         branched: Whether it has branches.
@@ -97,7 +98,7 @@ class Subject:
     budget: int
     batches: tuple[int, ...]
     searches: Callable[[Found], list[Search]]
-    tuned: Callable[[int, Found], Tuned]
+    ranked: Callable[[int, Found], Sequence[Tuned]]
     run: Callable[[int, int, Tuned, int], Run]
     part: int = 4
     branched: bool = True
@@ -144,7 +145,7 @@ def _autoencoder(setting: live.Setting, preset: str) -> Subject:
         scale.examples,
         batches,
         lambda found: [kind[n] for kind in searches for n in batches if n in kind],
-        lambda n, found: live.chosen(setting, scale, n, found),
+        lambda n, found: live.ranked(setting, scale, n, found),
         run,
     )
 
@@ -156,11 +157,6 @@ def _language(preset: str) -> Subject:
     def run(budget: int, batch: int, tuned: Tuned, seed: int) -> Run:
         return transformer.fixed_run(replace(small, millions=budget / scale.million), scale, batch, tuned, seed)
 
-    def tuned(n: int, found: Found) -> Tuned:
-        best = transformer.tuned(small, scale, n, found)
-        assert best is not None
-        return best
-
     return Subject(
         "transformer",
         "kjv",
@@ -168,7 +164,7 @@ def _language(preset: str) -> Subject:
         small.budget(scale),
         batches,
         lambda found: [each for n in batches for each in transformer.searched(small, scale, n, found).values()],
-        tuned,
+        lambda n, found: transformer.ranked(small, scale, n, found),
         run,
         # Of a quarter, the warm-up would be nearly half.
         part=2,
@@ -188,30 +184,42 @@ def plan(options: Options, found: Found) -> list[Run]:
             # A laptop's sweep takes hours, and is its own study's to run.
             runs += [run for search in searches for run in search.planned(found)]
         if all(search.best(found) is not None for search in searches):
-            rates = {n: subject.tuned(n, found) for n in subject.batches}
-            runs += _swept(subject, rates, range(options.seeds or SEEDS[options.preset]), found)
+            runs += _swept(subject, range(options.seeds or SEEDS[options.preset]), found)
     return runs
 
 
-def _swept(subject: Subject, rates: Mapping[int, Tuned], seeds: range, found: Found) -> Iterator[Run]:
-    def own(n: int, budget: int) -> list[Run]:
-        return [subject.labelled(budget, n, rates[n], seed) for seed in seeds]
+def _swept(subject: Subject, seeds: range, found: Found) -> Iterator[Run]:
+    def own(n: int, budget: int, tuned: Tuned) -> list[Run]:
+        return [subject.labelled(budget, n, tuned, seed) for seed in seeds]
 
-    yield from own(subject.start, subject.opening)
-    target = _log_loss(own(subject.start, subject.opening), found)
-    for n in rates:
-        if n == subject.start:
-            continue
+    def bracketed(n: int, tuned: Tuned, target: float | None) -> list[Run]:
         # The sweep's own runs are there.
-        budgets: list[int] = [subject.opening if n < 4 * subject.start else subject.budget]
+        budgets = [subject.opening if n < 4 * subject.start else subject.budget]
         while target is not None:
-            losses = [_log_loss(own(n, budget), found) for budget in budgets]
+            losses = [_log_loss(own(n, budget, tuned), found) for budget in budgets]
             wanted = None if None in losses else next_budget(budgets, losses, target)  # type: ignore[arg-type]
             if wanted is None or not subject.budget / REACH <= wanted <= subject.budget * REACH:
                 break
             budgets = sorted([*budgets, wanted])
-        for budget in budgets:
-            yield from own(n, budget)
+        return [run for budget in budgets for run in own(n, budget, tuned)]
+
+    def settled(n: int, runs: Callable[[Tuned], list[Run]]) -> tuple[list[Run], list[Run]]:
+        """Those of the best rate at which none diverges, and what is there of the better ones."""
+        left: list[Run] = []
+        *others, last = subject.ranked(n, found)
+        for tuned in others:
+            if not any(row["diverged"] for run in runs(tuned) if (row := found.get(run)) is not None):
+                return runs(tuned), left
+            left += [live.restaged(run, "diverged") for run in runs(tuned) if run in found]
+        return runs(last), left
+
+    measured, left = settled(subject.start, lambda tuned: own(subject.start, subject.opening, tuned))
+    yield from measured + left
+    target = _log_loss(measured, found)
+    for n in subject.batches:
+        if n != subject.start:
+            counted, left = settled(n, lambda tuned, n=n: bracketed(n, tuned, target))  # type: ignore[misc]
+            yield from counted + left
 
 
 def _log_loss(runs: Sequence[Run], found: Found) -> float | None:
@@ -241,7 +249,7 @@ def measure(options: Options, workers: int, folder: Path) -> None:
     there = set(map(tuple, kept["windows"].drop_duplicates(["task", "seed", "lr"])[["task", "seed", "lr"]].values))
     jobs = []
     for subject in subjects(options):
-        own = runs[runs["task"] == subject.name]
+        own = runs[(runs["task"] == subject.name) & (runs["stage"] == "final")] if len(runs) else runs
         own = own[(own["batch"] == subject.start) & (own["budget"] == subject.opening)] if len(own) else own
         for row in own.to_dict("records"):
             if (subject.name, row["seed"], row["lr"]) not in there:

@@ -277,9 +277,13 @@ def tuned(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned | None:
     return _best(searched(setting, scale, n, found), found)
 
 
+def ranked(setting: Setting, scale: Scale, n: int, found: Found) -> list[Tuned]:
+    """All that was tried for a fixed batch, the best first; empty before all are finished."""
+    return list(together(searched(setting, scale, n, found), found))
+
+
 def _best(searches: dict[float, Search], found: Found) -> Tuned | None:
-    means = together(searches, found)
-    return min(means, key=means.__getitem__) if means else None
+    return next(iter(together(searches, found)), None)
 
 
 def _fixed(setting: Setting, scale: Scale, n: int, lr: float, share: float) -> Arm:

@@ -74,7 +74,7 @@ from studies.output.fronts import (
     feedback,
     tuned_rates,
 )
-from studies.questions.live.fixed import chosen, fixed_arm, fixed_searches, reported
+from studies.questions.live.fixed import fixed_arm, fixed_searches, ranked, reported
 from studies.questions.live.setting import (
     MICRO_BATCH,
     NAME,
@@ -102,10 +102,10 @@ __all__ = [
     "Scale",
     "Setting",
     "Tuned",
-    "chosen",
     "fixed_arm",
     "fixed_searches",
     "labelled",
+    "ranked",
     "reported",
     "restaged",
 ]

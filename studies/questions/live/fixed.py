@@ -35,10 +35,8 @@ def reported(
 
     By rate and the share of its warm-up, one of ``warmups`` or of all; empty before they are tuned.
     """
-    by_share = {share: fixed_searches(setting, scale, share) for share in warmups or scale.warmups}
-    means = together({share: searches[n] for share, searches in by_share.items() if n in searches}, found)
     runs: dict[Tuned, list[Run]] = {}
-    for lr, share in sorted(means, key=means.__getitem__):
+    for lr, share in _tried(setting, scale, n, found, warmups or scale.warmups):
         arm = fixed_arm(setting, scale, n, share)(lr)
         runs[lr, share] = own = [labelled("final", setting, scale, arm, seed, n) for seed in seeds]
         if not any(row["diverged"] for run in own if (row := found.get(run)) is not None):
@@ -46,6 +44,14 @@ def reported(
     return runs
 
 
-def chosen(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned:
-    """What a fixed batch takes once it is tuned, and reported so far."""
-    return next(reversed(reported(setting, scale, n, range(scale.seeds), found)))
+def _tried(setting: Setting, scale: Scale, n: int, found: Found, warmups: Sequence[float]) -> list[Tuned]:
+    """Best first; empty before all are."""
+    by_share = {share: fixed_searches(setting, scale, share) for share in warmups}
+    return list(together({share: searches[n] for share, searches in by_share.items() if n in searches}, found))
+
+
+def ranked(setting: Setting, scale: Scale, n: int, found: Found) -> list[Tuned]:
+    """What a fixed batch takes once it is tuned, and reported so far, and what it would take next."""
+    takes = next(reversed(reported(setting, scale, n, range(scale.seeds), found)))
+    tried = _tried(setting, scale, n, found, scale.warmups)
+    return tried[tried.index(takes) :]
