@@ -50,6 +50,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -113,6 +114,10 @@ class Subject:
         labels = {"stage": "final", "task": self.name, "budget": budget, "batch": batch, "start": self.start}
         labels |= {"lr": tuned[0], "warmup": tuned[1], "fixed": 1}
         return replace(self.run(budget, batch, tuned, seed), labels=tuple(labels.items()))
+
+    def seeded(self, budget: int, batch: int, tuned: Tuned, seeds: range) -> list[Run]:
+        """One for each seed."""
+        return [self.labelled(budget, batch, tuned, seed) for seed in seeds]
 
 
 def subjects(options: Options) -> list[Subject]:
@@ -189,37 +194,42 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 
 def _swept(subject: Subject, seeds: range, found: Found) -> Iterator[Run]:
-    def own(n: int, budget: int, tuned: Tuned) -> list[Run]:
-        return [subject.labelled(budget, n, tuned, seed) for seed in seeds]
+    """The measured run, and of every other batch budgets until they bracket its loss."""
 
-    def bracketed(n: int, tuned: Tuned, target: float | None) -> list[Run]:
-        # The sweep's own runs are there.
-        budgets = [subject.opening if n < 4 * subject.start else subject.budget]
-        while target is not None:
-            losses = [_log_loss(own(n, budget, tuned), found) for budget in budgets]
-            wanted = None if None in losses else next_budget(budgets, losses, target)  # type: ignore[arg-type]
-            if wanted is None or not subject.budget / REACH <= wanted <= subject.budget * REACH:
-                break
-            budgets = sorted([*budgets, wanted])
-        return [run for budget in budgets for run in own(n, budget, tuned)]
+    def opening(tuned: Tuned) -> list[Run]:
+        return subject.seeded(subject.opening, subject.start, tuned, seeds)
 
-    def settled(n: int, runs: Callable[[Tuned], list[Run]]) -> tuple[list[Run], list[Run]]:
-        """Those of the best rate at which none diverges, and what is there of the better ones."""
-        left: list[Run] = []
-        *others, last = subject.ranked(n, found)
-        for tuned in others:
-            if not any(row["diverged"] for run in runs(tuned) if (row := found.get(run)) is not None):
-                return runs(tuned), left
-            left += [live.restaged(run, "diverged") for run in runs(tuned) if run in found]
-        return runs(last), left
-
-    measured, left = settled(subject.start, lambda tuned: own(subject.start, subject.opening, tuned))
+    measured, left = _settled(subject, subject.start, opening, found)
     yield from measured + left
     target = _log_loss(measured, found)
     for n in subject.batches:
         if n != subject.start:
-            counted, left = settled(n, lambda tuned, n=n: bracketed(n, tuned, target))  # type: ignore[misc]
+            counted, left = _settled(subject, n, partial(_bracketed, subject, n, seeds, target, found), found)
             yield from counted + left
+
+
+def _bracketed(subject: Subject, n: int, seeds: range, target: float | None, found: Found, tuned: Tuned) -> list[Run]:
+    # The sweep's own runs are there.
+    budgets = [subject.opening if n < 4 * subject.start else subject.budget]
+    while target is not None:
+        losses = [_log_loss(subject.seeded(budget, n, tuned, seeds), found) for budget in budgets]
+        wanted = None if None in losses else next_budget(budgets, losses, target)  # type: ignore[arg-type]
+        if wanted is None or not subject.budget / REACH <= wanted <= subject.budget * REACH:
+            break
+        budgets = sorted([*budgets, wanted])
+    return [run for budget in budgets for run in subject.seeded(budget, n, tuned, seeds)]
+
+
+def _settled(subject: Subject, n: int, runs: Callable[[Tuned], list[Run]], found: Found) -> tuple[list[Run], list[Run]]:
+    """The runs of the best rate at which none diverges, and what there is of those at better ones."""
+    left: list[Run] = []
+    *others, last = subject.ranked(n, found)
+    for tuned in others:
+        own = runs(tuned)
+        if not any(row["diverged"] for run in own if (row := found.get(run)) is not None):
+            return own, left
+        left += [live.restaged(run, "diverged") for run in own if run in found]
+    return runs(last), left
 
 
 def _log_loss(runs: Sequence[Run], found: Found) -> float | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from matplotlib.pyplot import imread
 
 from studies.engine import sweep as engine
 from studies.engine.metering import CHANNELS
-from studies.engine.results import RESULTS, write_atomically
+from studies.engine.results import RESULTS, load, write_atomically
+from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Where, carry_out
 from studies.output import predictions
 from studies.output.plan_figure import quick_plan
@@ -101,28 +104,61 @@ def test_a_batch_that_never_gets_there_has_an_infinite_error():
     assert sweep.error(sweep.scales).value == math.inf
 
 
-def test_budgets_are_doubled_until_they_bracket_the_loss():
-    """From rows that are put there, run by run, as they would be trained."""
-    found, rates = Found(Path("nowhere")), dict.fromkeys((START, *BATCHES), (0.01, 0.0))
+def trained(ranked: Sequence[tuple[float, float]], diverges: Callable[[dict], bool]) -> list[Run]:
+    """All runs of the calm network, from rows that are put there, run by run, as they would be trained."""
     (subject, *_) = planning.subjects(Options("laptop"))
     assert subject.batches == (16, 32, 64, 128, 256, 512, 1024)
-    for _ in range(9):
-        missing = [run for run in planning._swept(subject, rates, range(2), found) if run not in found]
+    subject, found = replace(subject, ranked=lambda n, found: ranked), Found(Path("nowhere"))
+    for _ in range(12):
+        missing = [run for run in planning._swept(subject, range(2), found) if run not in found]
         for run in missing:
             labels = dict(run.labels)
-            found.rows[run.key] = {"test_loss": 40.0 * (labels["budget"] / (labels["batch"] + SCALE)) ** -0.1}
+            loss = 1e6 if diverges(labels) else 40.0 * (labels["budget"] / (labels["batch"] + SCALE)) ** -0.1
+            found.rows[run.key] = {"test_loss": loss, "diverged": diverges(labels)}
         if not missing:
-            break
-    assert not missing
-    runs = pd.DataFrame([dict(run.labels) for run in planning._swept(subject, rates, range(2), found)])
-    for n, own in runs.groupby("batch"):
+            return list(planning._swept(subject, range(2), found))
+    raise AssertionError(f"{len(missing)} runs are still missing")
+
+
+def test_budgets_are_doubled_until_they_bracket_the_loss():
+    swept = trained([(0.01, 0.0)], diverges=lambda labels: False)
+    (subject, *_) = planning.subjects(Options("laptop"))
+    for n, own in pd.DataFrame([dict(run.labels) for run in swept]).groupby("batch"):
         needed = subject.opening * (n + SCALE) / (START + SCALE)
         assert own["budget"].min() <= needed <= own["budget"].max()
         assert n == START or own["budget"].max() <= 4 * needed
-    shared = {run.key for run in planning._swept(subject, rates, range(2), found) if run.task.examples == 128_000}
+    shared = {run.key for run in swept if run.task.examples == 128_000}
     setting, scale = live.SETTINGS[0], live.SCALES["laptop"]
     arm = live.fixed_arm(setting, scale, 1024)(0.01)
     assert live.labelled("final", setting, scale, arm, 0, 1024).key in shared
+
+
+def test_a_rate_at_which_a_run_diverges_is_left_for_the_next_best():
+    """At 0.04 fixed 256 diverges at every budget, at 0.02 at a short one: both stay in the results, apart."""
+
+    def diverges(labels: dict) -> bool:
+        return labels["batch"] == 256 and (
+            labels["lr"] == 0.04 or (labels["budget"] < 128_000 and labels["lr"] == 0.02)
+        )
+
+    swept = pd.DataFrame(
+        [dict(run.labels) for run in trained([(0.04, 0.0), (0.02, 0.4), (0.01, 0.2)], diverges=diverges)]
+    )
+    counted = swept[swept["stage"] == "final"].groupby("batch")["lr"].agg(["min", "max"])
+    assert counted.loc[256].tolist() == [0.01, 0.01]
+    assert (counted.drop(index=256) == 0.04).all(axis=None)
+    left = swept[swept["stage"] == "diverged"]
+    assert set(zip(left["batch"], left["lr"], strict=True)) == {(256, 0.04), (256, 0.02)}
+
+
+def test_runs_at_rates_that_were_left_are_not_counted(tmp_path: Path):
+    folder = results(tmp_path)
+    runs, curves = (load("planning", curves=which, folder=tmp_path) for which in (False, True))
+    left = runs.assign(stage="diverged", lr=0.04, test_loss=1e6)
+    engine.write(pd.concat([left, runs], ignore_index=True), curves, tmp_path / "again" / "planning")
+    for name in ("windows", "branches"):
+        shutil.copy(folder / f"{name}.parquet", tmp_path / "again" / "planning")
+    pd.testing.assert_frame_equal(claims(tmp_path / "again" / "planning"), claims(folder))
 
 
 def test_the_plan_of_the_main_job_is_drawn_from_its_rows(tmp_path: Path):
