@@ -125,6 +125,8 @@ OPENINGS = {
     "standard error": "`StandardError`, without a clock",
 }
 
+OF_WARM_UP = "{of rate warm-up:.3f} ({low:.3f} to {high:.3f})"
+
 
 def warm_up_section() -> str:
     """What replaces a warm-up of the rate on the language model, and how noisy its start is."""
@@ -136,18 +138,18 @@ def warm_up_section() -> str:
         "what opens gently": lambda row: OPENINGS[row["opening"]],
         "best rate": "{lr:g}",
         "test loss": "{loss:.3f}",
-        "of the warm-up's (95 %)": "{of rate warm-up:.3f} ({low:.3f} to {high:.3f})",
+        "of the warm-up's (95 %)": OF_WARM_UP,
         "rates within a tenth": "{rates within a tenth} of {rates}",
         "spikes": "{spikes:.1f}",
     }
     post = found[found["order"] == "post"].set_index("opening")
-    said = {way: "{of rate warm-up:.3f} ({low:.3f} to {high:.3f})".format_map(post.loc[way]) for way in OPENINGS}
+    said = {way: OF_WARM_UP.format_map(post.loc[way]) for way in OPENINGS}
     return (
         f"With fixed batches of 512 characters, post-normalised, over seven rates, each opening at its best: a larger "
         f"batch at the start ends at {said['large batch first']} of the loss that a warm-up of the rate gives, "
         f"`StandardError` at {said['standard error']}, and nothing at all at {said['none']}: on these three layers "
         f"there is hardly a warm-up to replace. The relative noise `B / n` of the first 50,000 characters of "
-        f"pre-normalised networks is {interval('value', '.2f').replace('value ', '').format_map(early)} of that of "
+        f"pre-normalised networks is {early['value']:.2f} ({early['low']:.2f} to {early['high']:.2f}) of that of "
         f"post-normalised ones.\n\n{table(found, cells)}"
     )
 

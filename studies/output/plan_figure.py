@@ -26,7 +26,7 @@ def draw_plans(tables: Mapping[str, pd.DataFrame], windows: pd.DataFrame, folder
     """Save ``figure``: a row for each task; updates by batch, noise along the run, time of what was recommended.
 
     Args:
-        tables: Those of the study: ``predictions``, and ``ratios`` and ``followed`` where they are.
+        tables: Those of the study: ``predictions``, and ``before``, ``ratios`` and ``followed`` where they are.
         windows: Rows of the measured runs.
         folder: Of the study.
     """
@@ -41,7 +41,7 @@ def draw_plans(tables: Mapping[str, pd.DataFrame], windows: pd.DataFrame, folder
             gridspec_kw={"width_ratios": (1.25, 1.0, 0.8)},
         )
         for (name, part), (left, middle, right) in zip(tasks, grid, strict=True):
-            _updates(left, part)
+            _updates(left, part, _own(tables, "before", name))
             left.set_title(f"{name}: updates for one loss")
             _noise(middle, windows[windows["task"] == name], _own(tables, "ratios", name))
             middle.set_title("noise scale along the run")
@@ -57,7 +57,7 @@ def _own(tables: Mapping[str, pd.DataFrame], name: str, task: str) -> pd.DataFra
     return pd.DataFrame() if table is None else table[table["task"] == task]
 
 
-def _updates(axes: Axes, part: pd.DataFrame) -> None:
+def _updates(axes: Axes, part: pd.DataFrame, before: pd.DataFrame) -> None:
     """Predicted curves, and the sweep's points on or off them; the two that measure nothing in grey."""
     start, opening = int(part["start"].iloc[0]), float(part["opening"].iloc[0])
     first = pd.DataFrame([{"batch": start} | dict.fromkeys(_WAYS, opening / start)])
@@ -68,6 +68,8 @@ def _updates(axes: Axes, part: pd.DataFrame) -> None:
             axes.plot(curve["batch"], curve[way], line, color=colour, label=label, linewidth=1.4, zorder=1)
     taken = curve[np.isfinite(curve["updates"]) & (curve["updates"] > 0.0)]
     axes.plot(taken["batch"], taken["updates"], "o", color="black", markersize=5, label="it took", zorder=3)
+    if len(before):
+        axes.plot(before["batch"], before["updates"], "x", color=QUIET, markersize=5, label="with shorter warm-ups")
     axes.plot(start, opening / start, "o", color="white", markeredgecolor="black", markersize=8, zorder=4)
     axes.annotate("the measured run", (start, opening / start), (8, 6), textcoords="offset points", fontsize=7.5)
     axes.set_xscale("log")

@@ -16,7 +16,7 @@ import pandas as pd
 import adaptbatch as ab
 from adaptbatch.planning.curves import TimeModel, critical_scale, integrated_noise
 from studies.engine.metering import CHANNELS, STEPS
-from studies.output.fronts import claim_row
+from studies.output.fronts import BEFORE, claim_row
 from studies.output.statistics import Interval, ratio, scatter
 
 DEVICES = (1, 8, 64)
@@ -125,11 +125,15 @@ def tables(runs: pd.DataFrame, windows: pd.DataFrame, branches: pd.DataFrame) ->
         runs: Those of the sweep and the measured ones, with ``task``, ``start``, ``batch``, ``budget``, ``test_loss``.
         windows: The meter's rows of the measured ones.
         branches: Along them; may be empty.
+
+    Returns:
+        Among them ``before``: the predictions beside what batches took while they had short warm-ups at most to choose.
     """
     if "task" not in runs:
         return {}
-    predictions, followed, beside, claimed = [], [], [], []
+    predictions, followed, beside, before, claimed = [], [], [], [], []
     counted = runs[runs["stage"] == "final"].dropna(subset="task")
+    earlier = runs[runs["stage"] == BEFORE]
     for name, part in counted.groupby("task", sort=False):
         own, cut = windows[windows["task"] == name], branches[branches["task"] == name]
         if not len(own):
@@ -139,9 +143,14 @@ def tables(runs: pd.DataFrame, windows: pd.DataFrame, branches: pd.DataFrame) ->
         followed.append(follow(sweep, own).assign(task=name))
         beside.append(blind(sweep).assign(task=name))
         claimed += claims(str(name), sweep, factor, followed[-1], cut)
+        if len(then := earlier[earlier["task"] == name]):
+            first = sweep_of(pd.concat([part[part["batch"] == sweep.start], then]), own)
+            before.append(prediction_table(first, factor, own).assign(task=name))
     if not predictions:
         return {}
     found = {"predictions": pd.concat(predictions, ignore_index=True), "blind": pd.concat(beside, ignore_index=True)}
+    if before:
+        found["before"] = pd.concat(before, ignore_index=True)
     if any(map(len, followed)):
         found["followed"] = pd.concat(followed, ignore_index=True)
     if len(branches):

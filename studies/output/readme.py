@@ -165,19 +165,19 @@ def _where_it_helps(arms: pd.DataFrame, runs: int) -> list[str]:
 
 
 def _what_it_foretells() -> str:
-    """How far one run's plan was from what every batch took."""
-    found = pd.read_parquet(RESULTS / "planning" / "predictions.parquet").query("task == 'calm, mnist'")
-    runs = pd.read_parquet(RESULTS / "planning" / "runs.parquet").query("task == 'calm, mnist' and warmup > 0")
+    """How far one run's plan was from what every batch took, tuned whole and with short warm-ups only."""
+    found, before = (
+        pd.read_parquet(RESULTS / "planning" / f"{name}.parquet").query("task == 'calm, mnist'")
+        for name in ("predictions", "before")
+    )
     off = found["updates"] / found["predicted"]
-    near = found["batch"] <= 3.0 * found["B"]
+    late = before[before["updates"] > 1.1 * before["predicted"]]
     return (
         f"From one run at {found['start'].iloc[0]:.0f} examples a step on that network, `ab.plan` foretold how many "
-        f"updates batches of {found['batch'].min():.0f} to {found.loc[near, 'batch'].max():.0f}, each tuned, take to "
-        f"the same loss: they took {off[near].min():.2f} to {off[near].max():.2f} of that. Beyond, it was too hopeful: "
-        f"{' and '.join(f'{n:,.0f}' for n in found.loc[~near, 'batch'])} took "
-        f"{' and '.join(f'{ratio:.2f}' for ratio in off[~near])}, without the warm-up that "
-        f"{runs['batch'].min():.0f} to {runs['batch'].max():.0f} had to choose, and all without the longer ones that "
-        f"they have had since."
+        f"updates batches of {found['batch'].min():.0f} to {found['batch'].max():,.0f}, each with its rate and its "
+        f"warm-up tuned, take to the same loss: they took {off.min():.2f} to {off.max():.2f} of that. With short "
+        f"warm-ups at most to choose, {' and '.join(f'{n:,.0f}' for n in late['batch'])} had taken "
+        f"{' and '.join(f'{ratio:.2f}' for ratio in late['updates'] / late['predicted'])} of it."
     )
 
 
