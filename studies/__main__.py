@@ -23,6 +23,8 @@ from studies.questions import quick as quick_study
 from studies.questions import two_networks as two_networks_study
 
 Data = Literal["mnist", "fashion", "shuttle", "digits"]
+# The text ships with the project.
+Known = Data | Literal["kjv"]
 Name = Annotated[str, tyro.conf.arg(help="of a study that `list` names")]
 
 app = tyro.extras.SubcommandApp()
@@ -190,7 +192,7 @@ def run(
     name: tyro.conf.Positional[Name],
     preset: Preset = "laptop",
     seeds: Annotated[int | None, tyro.conf.arg(help="of the reported runs; the preset's if not given")] = None,
-    data: Annotated[tuple[Data, ...], tyro.conf.arg(help="data sets; the study's if not given")] = (),
+    data: Annotated[tuple[Known, ...], tyro.conf.arg(help="data sets; the study's if not given")] = (),
     workers: Annotated[int, tyro.conf.arg(help="processes here, or jobs at once on a cluster")] = 2,
     device: Annotated[str, tyro.conf.arg(help="cpu, cuda (all GPUs in turn), cuda:1")] = "cpu",
     cluster: Annotated[Cluster, tyro.conf.arg(help="submit with submitit; local tries its way here")] = "none",
@@ -212,7 +214,7 @@ def status(
     name: tyro.conf.Positional[Name],
     preset: Preset = "laptop",
     seeds: int | None = None,
-    data: tuple[Data, ...] = (),
+    data: tuple[Known, ...] = (),
     store: Path = RUNS / "store",
 ) -> None:
     """How much of a study is done, by stage, as far as its runs can be named now."""

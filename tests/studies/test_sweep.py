@@ -30,7 +30,7 @@ from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
 from studies.engine.training import Task, score, train
 from studies.engine.tuning import Range, trials
-from studies.questions import catalogue, comparison, depth, live, origin, transformer
+from studies.questions import catalogue, comparison, depth, live, origin, planning, transformer
 from studies.questions.overhead.accuracy import exact_moments, network_and_examples
 
 STUDIES = catalogue()
@@ -384,6 +384,11 @@ class TestCatalogue:
         put("toy", TOY.replace('Study("toy"', 'Study("live"'))
         with pytest.raises(ValueError, match=r"every STUDY must have a name of its own, got \['live'\]"):
             catalogue()
+
+    def test_what_a_task_is_trained_on_can_be_asked_for(self, capsys):
+        for name in {subject.data for subject in planning.subjects(Options("laptop"))}:
+            app.cli(args=["status", "planning", "--data", name])
+            assert "final" in capsys.readouterr().out or name in ("fashion", "shuttle")
 
     @pytest.mark.parametrize("command", ["run", "status", "report"])
     def test_who_asks_for_another_is_told_the_names(self, command):
