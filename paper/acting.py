@@ -114,6 +114,26 @@ def transformer(ledger: Ledger) -> None:
     holds("larger batches want longer warm-ups", shares.is_monotonic_increasing and shares.iloc[0] < shares.iloc[-1])
 
 
+def opening(ledger: Ledger) -> None:
+    """What replaces the warm-up of the rate on the language model, and how noisy its start is."""
+    place, early = "transformer/warm-up", "transformer/opening"
+    for name, way in {"nothing": "none", "large": "large batch first", "absolute": "standard error"}.items():
+        ledger.interval(f"opening.{name}", place, "of rate warm-up", ".3f", order="post", opening=way)
+    noise = ledger.rows(early, {"order": "post"})
+    calm = noise[noise.groupby("lr")["diverged"].transform("max") == 0]["B / n"]
+    said = f"{early}: smallest and largest B / n of post-LN, rates at which none diverges"
+    ledger.add("opening.noise", f"{calm.min():.2f} to {calm.max():.2f}", said)
+    what = "early B / n of pre-LN over that of post-LN is below 1"
+    ledger.interval("opening.pre", "transformer/claims", "value", ".2f", what=what)
+    holds("early gradients are not noisy", calm.max() < 1.0)
+    claims = ledger.rows("transformer/claims", {"claim": "L3"})
+    replaced = claims[claims["where"].str.startswith("post-LN")]["verdict"]
+    holds("that a batch replaces the warm-up is undecided", set(replaced) == {"undecided"})
+    post = ledger.rows(place, {"order": "post"})
+    holds("all openings like the same rate", len(set(post["lr"])) == 1)
+    holds("as many rates are good", len(set(post["rates within a tenth"])) == 1)
+
+
 def _warmed(ledger: Ledger, study: str, batch: int, where: Mapping[str, object]) -> None:
     """The best mean tuning loss of a fixed batch with the warm-up that it had at first, and with any; its share."""
     tried = ledger.rows(f"{study}/runs", {"stage": "tune", "arm": f"fixed {batch}", **where})

@@ -54,6 +54,7 @@ SECTIONS: tuple[Callable[[Ledger], None], ...] = (
     method.cost,
     acting.live,
     acting.transformer,
+    acting.opening,
     acting.bursts,
     acting.planning,
     comparison.protocol,

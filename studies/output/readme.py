@@ -13,7 +13,7 @@ import pandas as pd
 from studies.engine.analysis import summary
 from studies.engine.provenance import caption, warn
 from studies.engine.results import RESULTS
-from studies.output.acting import ACTING, acting_section, defaults_section, what_it_saves
+from studies.output.acting import ACTING, acting_section, defaults_section, warm_up_section, what_it_saves
 from studies.output.markdown import Cell, interval, known, markdown, spread, table
 from studies.output.trust import calibration_section, loop_section, overhead_section, planning_section
 from studies.output.verdicts import VERDICTS, counted
@@ -248,6 +248,7 @@ def _found(verdicts: pd.DataFrame) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "short": short_section,
     **{study: partial(acting_section, study) for study in ACTING},
+    "warm-up": warm_up_section,
     "defaults": defaults_section,
     "planning": planning_section,
     "quick": quick_section,
