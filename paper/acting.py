@@ -118,13 +118,15 @@ def opening(ledger: Ledger) -> None:
     """What replaces the warm-up of the rate on the language model, and how noisy its start is."""
     place, early = "transformer/warm-up", "transformer/opening"
     for name, way in {"nothing": "none", "large": "large batch first", "absolute": "standard error"}.items():
-        ledger.interval(f"opening.{name}", place, "of rate warm-up", ".3f", order="post", opening=way)
+        for order in ("post", "pre"):
+            found = {"order": order, "opening": way}
+            ledger.interval(f"opening.{order} {name}", place, "of rate warm-up", ".3f", **found)
     noise = ledger.rows(early, {"order": "post"})
     calm = noise[noise.groupby("lr")["diverged"].transform("max") == 0]["B / n"]
     said = f"{early}: smallest and largest B / n of post-LN, rates at which none diverges"
     ledger.add("opening.noise", f"{calm.min():.2f} to {calm.max():.2f}", said)
     what = "early B / n of pre-LN over that of post-LN is below 1"
-    ledger.interval("opening.pre", "transformer/claims", "value", ".2f", what=what)
+    ledger.interval("opening.pre over post", "transformer/claims", "value", ".2f", what=what)
     holds("early gradients are not noisy", calm.max() < 1.0)
     claims = ledger.rows("transformer/claims", {"claim": "L3"})
     replaced = claims[claims["where"].str.startswith("post-LN")]["verdict"]
@@ -233,17 +235,40 @@ def planning(ledger: Ledger) -> None:
         "batches of 64 and more have a warm-up, smaller ones none", list(runs["warmup"] > 0) == list(runs.index >= 64)
     )
     holds("without longer warm-ups only 512 and 1024 were late", set(late[late > 1.1].index) == {512, 1024})
+    _language_plan(ledger)
     claims = ledger.frame("planning/claims")
     for claim, words in {"P1": "as a factor, is below", "P1 calibrated": "calibrated"}.items():
         what = str(claims.loc[claims["what"].str.contains(words), "what"].iloc[0])
-        ledger.interval(f"planning.{claim}", "planning/claims", "value", ".2f", what=what)
-        holds(f"{claim} is supported", ledger.row("planning/claims", {"what": what})["verdict"] == "supported")
+        for name, where in {claim: task, f"{claim} text": "transformer"}.items():
+            ledger.interval(f"planning.{name}", "planning/claims", "value", ".2f", what=what, where=where)
+    verdicts = claims.set_index(["what", "where"])["verdict"]
     holds(
-        "P3 is supported on 1, 8 and 64 devices",
-        list(claims.loc[claims["claim"] == "P3", "verdict"]) == 3 * ["supported"],
+        "P1 is supported on both",
+        set(verdicts[verdicts.index.get_level_values(0).str.contains("is below 1.5")]) == {"supported"},
     )
-    what = "time of the recommended batch over the best's, devices: 64, is below 1.10"
-    ledger.interval("planning.P3 64", "planning/claims", "value", ".2f", what=what)
+    calibrated = verdicts[verdicts.index.get_level_values(0).str.contains("calibrated")]
+    holds(
+        "calibrated it is on one only",
+        calibrated.droplevel(0).to_dict() == {task: "supported", "transformer": "not supported"},
+    )
+    holds(
+        "P3 is supported on 1, 8 and 64 devices", set(claims.loc[claims["claim"] == "P3", "verdict"]) == {"supported"}
+    )
+    what = "time of the recommended batch over the best's, devices: 1, is below 1.10"
+    ledger.interval("planning.P3", "planning/claims", "value", ".2f", what=what, where="transformer")
     for channel in ("euclidean", "adam", "typical"):
         what = f"critical batch over B, {channel}: scatter is below 2"
-        ledger.interval(f"planning.{channel}", "planning/claims", "value", ".1f", what=what)
+        for name, where in {channel: task, f"{channel} text": "transformer"}.items():
+            ledger.interval(f"planning.{name}", "planning/claims", "value", ".1f", what=what, where=where)
+
+
+def _language_plan(ledger: Ledger) -> None:
+    """The same on the language model, in a sentence."""
+    place, where = "planning/predictions", {"task": "transformer"}
+    found = ledger.rows(place, where)
+    off = found["updates"] / found["predicted"]
+    ledger.add("planning.text", f"{off.min():.2f} to {off.max():.2f}", f"{place}: updates over predicted, transformer")
+    for name, column in {"text start": "start", "text B": "B"}.items():
+        ledger.cell(f"planning.{name}", place, column, ",.0f", batch=256, **where)
+    holds("two tasks are finished", list(ledger.frame(place)["task"].unique()) == ["calm, mnist", "transformer"])
+    holds("its larger batches need fewer updates than foretold", bool((off[found["batch"] > 512] < 1.0).all()))

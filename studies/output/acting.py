@@ -125,6 +125,7 @@ OPENINGS = {
     "standard error": "`StandardError`, without a clock",
 }
 
+WAYS = (("none", "nothing"), ("large batch first", "a larger batch first"), ("standard error", "`StandardError`"))
 OF_WARM_UP = "{of rate warm-up:.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -132,6 +133,8 @@ def warm_up_section() -> str:
     """What replaces a warm-up of the rate on the language model, and how noisy its start is."""
     found = pd.read_parquet(RESULTS / "transformer" / "warm-up.parquet")
     claims = pd.read_parquet(RESULTS / "transformer" / "claims.parquet")
+    noise = pd.read_parquet(RESULTS / "transformer" / "opening.parquet")
+    calm = noise[noise.groupby(["order", "lr"])["diverged"].transform("max") == 0]["B / n"]
     (early,) = claims[(claims["claim"] == "L3") & claims["what"].str.startswith("early")].to_dict("records")
     cells = {
         "normalised": "{order}",
@@ -142,15 +145,17 @@ def warm_up_section() -> str:
         "rates within a tenth": "{rates within a tenth} of {rates}",
         "spikes": "{spikes:.1f}",
     }
-    post = found[found["order"] == "post"].set_index("opening")
-    said = {way: OF_WARM_UP.format_map(post.loc[way]) for way in OPENINGS}
+    ratios = found.set_index(["order", "opening"])
+    said = []
+    for order in ("post", "pre"):
+        ways = (f"{label} {OF_WARM_UP.format_map(ratios.loc[order, way])}" for way, label in WAYS)
+        said.append(f"{order}-normalised, {', '.join(ways)}")
     return (
-        f"With fixed batches of 512 characters, post-normalised, over seven rates, each opening at its best: a larger "
-        f"batch at the start ends at {said['large batch first']} of the loss that a warm-up of the rate gives, "
-        f"`StandardError` at {said['standard error']}, and nothing at all at {said['none']}: on these three layers "
-        f"there is hardly a warm-up to replace. The relative noise `B / n` of the first 50,000 characters of "
-        f"pre-normalised networks is {early['value']:.2f} ({early['low']:.2f} to {early['high']:.2f}) of that of "
-        f"post-normalised ones.\n\n{table(found, cells)}"
+        f"A fixed 512 over seven rates, each way to open at its best, has of the loss that a warm-up of the rate "
+        f"gives: {'; '.join(said)}. A large batch is no warm-up here, and early gradients are not noisy: over the first "
+        f"50,000 characters `B / n` is at most {calm.max():.2f}, and of pre-normalised networks "
+        f"{early['value']:.2f} ({early['low']:.2f} to {early['high']:.2f}) times that of post-normalised ones."
+        f"\n\n{table(found, cells)}"
     )
 
 

@@ -166,18 +166,19 @@ def _where_it_helps(arms: pd.DataFrame, runs: int) -> list[str]:
 
 def _what_it_foretells() -> str:
     """How far one run's plan was from what every batch took, tuned whole and with short warm-ups only."""
-    found, before = (
-        pd.read_parquet(RESULTS / "planning" / f"{name}.parquet").query("task == 'calm, mnist'")
-        for name in ("predictions", "before")
-    )
-    off = found["updates"] / found["predicted"]
-    late = before[before["updates"] > 1.1 * before["predicted"]]
+    tables_ = (pd.read_parquet(RESULTS / "planning" / f"{name}.parquet") for name in ("predictions", "before"))
+    found, before = (table_.assign(off=table_["updates"] / table_["predicted"]) for table_ in tables_)
+    late = before[before["off"] > 1.1]
+    said = [
+        f"{own['batch'].min():.0f} to {own['batch'].max():,.0f} took {own['off'].min():.2f} to {own['off'].max():.2f} "
+        f"of that ({task})"
+        for task, own in found.groupby("task", sort=False)
+    ]
     return (
-        f"From one run at {found['start'].iloc[0]:.0f} examples a step on that network, `ab.plan` foretold how many "
-        f"updates batches of {found['batch'].min():.0f} to {found['batch'].max():,.0f}, each with its rate and its "
-        f"warm-up tuned, take to the same loss: they took {off.min():.2f} to {off.max():.2f} of that. With short "
-        f"warm-ups at most to choose, {' and '.join(f'{n:,.0f}' for n in late['batch'])} had taken "
-        f"{' and '.join(f'{ratio:.2f}' for ratio in late['updates'] / late['predicted'])} of it."
+        f"From one run at a small batch, `ab.plan` foretold how many updates every other batch, with its rate and its "
+        f"warm-up tuned, takes to the same loss: {', '.join(said)}. With short warm-ups at most to choose, "
+        f"{' and '.join(f'{n:,.0f}' for n in late['batch'])} had taken "
+        f"{' and '.join(f'{ratio:.2f}' for ratio in late['off'])} of it."
     )
 
 

@@ -150,7 +150,8 @@ def planning_section() -> str:
     )
     return (
         f"{table(foretold, columns)}\n\n"
-        f"From one run at {foretold['start'].iloc[0]:.0f} examples a step: updates that a tuned fixed batch takes to "
+        f"From one run at {' or '.join(f'{n:.0f}' for n in foretold['start'].unique())} examples or characters a step: "
+        f"updates that a tuned fixed batch takes to "
         f"the loss at which that run ended, each decaying its rate over its own budget, and what `ab.plan` made of the "
         f"run's noise. What expects nothing of the noise is off by a median factor of ({beside}).\n\n"
         f"{table(claims, verdicts)}"

@@ -191,8 +191,8 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
         for each in own.values():
             yield from each.planned(found)
     chosen = {n: best for n in searches if (best := tuned(setting, scale, n, found)) is not None}
-    usual = {n: best for n, own in searches.items() if (best := _best({0.0: own[0.0]}, found)) is not None}
-    start = searches[START][0.0].first(found)
+    usual = {n: best for n, own in searches.items() if 0.0 in own and (best := _best({0.0: own[0.0]}, found))}
+    start = searched(replace(setting, millions=1), scale, START, found)[0.0].first(found)
     if start is not None and len(chosen) == len(searches):
         earlier = [(n, seed) for seed in seeds for n in usual if usual[n] != chosen[n]]
         yield from (live.restaged(fixed_run(setting, scale, n, usual[n], seed), BEFORE) for n, seed in earlier)
