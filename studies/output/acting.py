@@ -152,8 +152,8 @@ def warm_up_section() -> str:
         said.append(f"{order}-normalised, {', '.join(ways)}")
     return (
         f"A fixed 512 over seven rates, each way to open at its best, has of the loss that a warm-up of the rate "
-        f"gives: {'; '.join(said)}. A large batch is no warm-up here, and early gradients are not noisy: over the first "
-        f"50,000 characters `B / n` is at most {calm.max():.2f}, and of pre-normalised networks "
+        f"gives: {'; '.join(said)}. A large batch is no warm-up here, and early gradients are not noisy: over the "
+        f"first 50,000 characters `B / n` is at most {calm.max():.2f}, and of pre-normalised networks "
         f"{early['value']:.2f} ({early['low']:.2f} to {early['high']:.2f}) times that of post-normalised ones."
         f"\n\n{table(found, cells)}"
     )

@@ -108,7 +108,7 @@ def trained(ranked: Sequence[tuple[float, float]], diverges: Callable[[dict], bo
     """All runs of the calm network, from rows that are put there, run by run, as they would be trained."""
     (subject, *_) = planning.subjects(Options("laptop"))
     assert subject.batches == (16, 32, 64, 128, 256, 512, 1024)
-    subject, found = replace(subject, ranked=lambda n, found: ranked), Found(Path("nowhere"))
+    subject, found = replace(subject, ranked=lambda n, found: ranked, earlier=None), Found(Path("nowhere"))
     for _ in range(12):
         missing = [run for run in planning._swept(subject, range(2), found) if run not in found]
         for run in missing:

@@ -396,6 +396,32 @@ class TestCatalogue:
             app.cli(args=[command, "nope"])
 
 
+def test_rows_that_studies_share_keep_no_labels_of_the_other(tmp_path):
+    """One of several kinds of runs has the columns of all; a label of its is none of the run's."""
+    row = {"key": "a", "seed": 0, "task": "transformer", "batch": 512.0, "network": None}
+    row |= {"task_depth": math.nan, "auroc": math.nan, "task_width": 64.0, "final": math.nan}
+    sweep.write(pd.DataFrame([row]), pd.DataFrame({"key": ["a"]}), tmp_path / "planning")
+    assert set(Found(tmp_path / "store", [tmp_path / "planning"]).rows["a"]) == {"key", "seed", "task_width", "final"}
+
+
+def test_the_transformer_goes_on_to_all_its_budgets(tmp_path):
+    """Part by part, from rows that are put there; the longer a warm-up the better, which later budgets take over."""
+    found = Found(tmp_path)
+    for _ in range(40):
+        missing = [run for run in transformer.plan(Options("laptop", seeds=1), found) if run not in found]
+        for run in missing:
+            labels = dict(run.labels)
+            found.rows[run.key] = {"final": 2.0 - labels["warmup"] + abs(math.log(labels["lr"] / 6e-3)), "diverged": 0}
+            found.rows[run.key] |= {"schedule_k": [2, 4], "schedule_windows": [1, 1], "mean_batch": 700.0}
+        if not missing:
+            break
+    runs = pd.DataFrame(dict(run.labels) for run in transformer.plan(Options("laptop", seeds=1), found))
+    final = runs[runs["stage"] == "final"]
+    assert final.groupby("order")["millions"].unique().map(set).to_dict() == {"pre": {1, 4, 16}, "post": {1}}
+    fixed = final[(final["method"] == "fixed 2048") & (final["order"] == "pre")]
+    assert fixed["warmup"].tolist() == pytest.approx([0.7, 0.7, 0.7])
+
+
 class TestPlans:
     @pytest.mark.parametrize("preset", ["smoke", "laptop", "paper"])
     @pytest.mark.parametrize("name", STUDIES)
