@@ -42,7 +42,6 @@ class GradientSeal:
     def __init__(self) -> None:
         self._closes, self._reads = 0, True
         self._known: Sequence[Parameter] = ()
-        self._few = False
         self._watched: Sequence[Parameter] = ()
         self._stamps: list[tuple[int, int] | None] = []
         self._part: Sequence[Parameter] = ()
@@ -57,9 +56,8 @@ class GradientSeal:
             reads: Whether norms on the CPU become numbers at once.
         """
         self._closes, self._reads = self._closes + 1, reads
-        if parameters is not self._known:
-            self._known, self._few = parameters, _are_few(parameters)
-        whole = self._few or checks_all(turn)
+        self._known = parameters
+        whole = checks_all(turn) or _are_few(parameters)
         part = parameters if whole else parameters[self._closes % PARTS % len(parameters) :: PARTS]
         seldom = whole or self._closes % SELDOM == 0
         self._watched = parameters if seldom else part

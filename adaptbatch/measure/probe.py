@@ -34,6 +34,7 @@ class GradientProbe:
 
     Attributes:
         parameters: Those that are hooked.
+        kinds: Of each its id, device and type, as it was hooked.
         elsewhere: Set where a gradient was computed in a pass that is not listened to.
         on_gradient: Called before each gradient, listened to or not; None: nobody is.
 
@@ -55,7 +56,7 @@ class GradientProbe:
         self._in_model: set[int] = set()
         # Where the model holds them: the module's parameters, the name in them.
         self._places: list[tuple[Mapping[str, Parameter | None], str, Parameter]] = []
-        self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
+        self.kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._handles: list[RemovableHandle] = []
         self._own: list[tuple[Parameter, RemovableHandle]] = []
         # All that the optimizer holds; what of it was frozen, and has no hook; of each kind that has one, a parameter.
@@ -97,9 +98,9 @@ class GradientProbe:
         # Only of parameters that are held here, so that no id is used again.
         self._in_model = present & {id(p) for p in parameters}
         kinds = [(id(p), p.device, p.dtype) for p in parameters]
-        if kinds != self._kinds or not self._is_last():
+        if kinds != self.kinds or not self._is_last():
             self.close()
-            self.parameters, self._kinds = parameters, kinds
+            self.parameters, self.kinds = parameters, kinds
             self._hook_all()
             self._watch_shards(model)
         self._held, self._frozen = [id(p) for p in held], [p for p in held if not p.requires_grad]
@@ -128,7 +129,7 @@ class GradientProbe:
             and all(held.get(name) is p for held, name, p in self._places)
             and all(
                 p.requires_grad and (p.device, p.dtype) == kind[1:]
-                for p, kind in zip(self.parameters, self._kinds, strict=True)
+                for p, kind in zip(self.parameters, self.kinds, strict=True)
             )
         )
 
@@ -292,7 +293,7 @@ class GradientProbe:
         """Remove every hook; nothing is left on the parameters."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._buffers, self._metric_buffers, self._kinds, self.parameters = [], [], [], [], []
+        self._handles, self._buffers, self._metric_buffers, self.kinds, self.parameters = [], [], [], [], []
         self._sum_buffers, self._shard_hooks, self._unsharded, self._own, self._places = [], {}, {}, [], []
         self._registered = -1
         self._scales = None

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -82,8 +81,6 @@ class Sensor:
         self._kept: WindowGradients | None = None
         self._previous = PreviousGradient() if consecutive else None
         self._scales: Sequence[Tensor] | None = None
-        self._known: list[Parameter] = []
-        self._kinds: dict[Parameter, tuple[torch.device, torch.dtype]] = {}
         self.sums = Sums()
         self.listens = True
         self.attach()
@@ -95,10 +92,6 @@ class Sensor:
         self._probe.attach(self._model, self._optimizer)
         self._ranks.require_synchronised(self._probe.parameters)
         self._stepped.forget()
-        if self._probe.parameters is not self._known:
-            # The probe makes a new list where one of them is another, or of another kind.
-            self._known = self._probe.parameters
-            self._kinds = {p: (p.device, p.dtype) for p in self._known}
 
     def follow(self) -> bool:
         """Within a window: hook what was thawed, added or hooked by somebody else since its last micro-batch.
@@ -111,15 +104,15 @@ class Sensor:
         """
         if self._probe.is_attached(self._optimizer):
             return False
-        before = self._kinds
-        trained = list(self._probe.parameters)
+        before = {one: kind for one, *kind in self._probe.kinds}
         self.attach()
-        if any(before.get(p, kind) != kind for p, kind in self._kinds.items()):
+        now = {one: kind for one, *kind in self._probe.kinds}
+        if any(before.get(one, kind) != kind for one, kind in now.items()):
             raise RuntimeError(
                 "parameters changed their type or device within the window, as by model.double() or model.to(), and "
                 "its gradients with them; do so between windows. discard_window() goes on without this one."
             )
-        if self._scales is not None and trained != self._probe.parameters:
+        if self._scales is not None and list(before) != list(now):
             # Its micro-batches would be in two metrics.
             self._scales = None
             self.sums.pop("metric_weighted", None)

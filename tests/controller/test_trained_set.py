@@ -71,6 +71,25 @@ def _gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [found.get(p, torch.zeros_like(p)) for p in model.parameters()]
 
 
+def test_heads_that_take_turns_have_no_metric_in_their_window():
+    """As many parameters as before, but others, whose second moments are warm: its micro-batches have no one metric."""
+    model = Heads()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.9))
+    c = ab.BatchController(model, optimizer, rule=ab.Fixed(2), metric="adam")
+    turns = [0] * 24 + [1] * 24 + [0]
+    for which, x in zip(turns, batches([8] * len(turns)), strict=True):
+        thawed(model, which)
+        c.backward(squared(model, x), weight=8)
+        if c.step_due:
+            c.step()
+    assert "metric_weighted" in c._sensor.sums
+    thawed(model, 1)
+    c.backward(squared(model, x), weight=8)
+    assert "metric_weighted" not in c._sensor.sums
+    c.step()
+    assert c.history.to_pandas()["noise_trace"].notna().all()
+
+
 @pytest.mark.parametrize("event", ["thaw", "freeze", "add group"])
 @pytest.mark.parametrize("close", [False, True], ids=["full", "partial"])
 def test_parameters_come_and_go_within_a_window(event: str, close: bool):

@@ -61,7 +61,7 @@ class GhostProbe:
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []
         self._names: list[str] = []
-        self._kinds: list[tuple[int, torch.device, torch.dtype]] = []
+        self.kinds: list[tuple[int, torch.device, torch.dtype]] = []
         self._layers: dict[nn.Module, Layer] = {}
         self._batch_norms: list[Owner] = []
         self._record = Record()
@@ -85,9 +85,9 @@ class GhostProbe:
                 f"model's parameters into optimizer.param_groups, or {WAY_OUT}"
             )
         kinds = [(id(p), p.device, p.dtype) for p in parameters]
-        if kinds != self._kinds:
+        if kinds != self.kinds:
             self._hook_all(model, parameters)
-            self._kinds = kinds
+            self.kinds = kinds
         for owner in self._batch_norms:
             require_separable(owner)
 
@@ -112,7 +112,7 @@ class GhostProbe:
     def is_attached(self, optimizer: Optimizer) -> bool:
         """Whether the layers that count are those of what the optimizer trains now."""
         trained = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        return [(id(p), p.device, p.dtype) for p in trained] == self._kinds
+        return [(id(p), p.device, p.dtype) for p in trained] == self.kinds
 
     @property
     def silent(self) -> bool:
@@ -193,7 +193,7 @@ class GhostProbe:
         self._record.close()
         on_gradient, self._record = self._record.on_gradient, Record()
         self._record.on_gradient = on_gradient
-        self._layers, self._batch_norms, self._kinds, self._names, self.parameters = {}, [], [], [], []
+        self._layers, self._batch_norms, self.kinds, self._names, self.parameters = {}, [], [], [], []
 
 
 # --- what is heard ------------------------------------------------------------------------------------------------
