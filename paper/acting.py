@@ -121,9 +121,9 @@ def opening(ledger: Ledger) -> None:
         for order in ("post", "pre"):
             found = {"order": order, "opening": way}
             ledger.interval(f"opening.{order} {name}", place, "of rate warm-up", ".3f", **found)
-    noise = ledger.rows(early, {"order": "post"})
-    calm = noise[noise.groupby("lr")["diverged"].transform("max") == 0]["B / n"]
-    said = f"{early}: smallest and largest B / n of post-LN, rates at which none diverges"
+    noise = ledger.frame(early)
+    calm = noise[noise.groupby(["order", "lr"])["diverged"].transform("max") == 0]["B / n"]
+    said = f"{early}: smallest and largest B / n, rates at which none diverges"
     ledger.add("opening.noise", f"{calm.min():.2f} to {calm.max():.2f}", said)
     what = "early B / n of pre-LN over that of post-LN is below 1"
     ledger.interval("opening.pre over post", "transformer/claims", "value", ".2f", what=what)
@@ -131,6 +131,8 @@ def opening(ledger: Ledger) -> None:
     claims = ledger.rows("transformer/claims", {"claim": "L3"})
     replaced = claims[claims["where"].str.startswith("post-LN")]["verdict"]
     holds("that a batch replaces the warm-up is undecided", set(replaced) == {"undecided"})
+    rows = ledger.rows("transformer/runs", {"stage": "warm-up", "arm": "standard error"})
+    holds("the absolute rule moves in every run", bool((rows["changes"] > 1).all()))
     post = ledger.rows(place, {"order": "post"})
     holds("all openings like the same rate", len(set(post["lr"])) == 1)
     holds("as many rates are good", len(set(post["rates within a tenth"])) == 1)
@@ -235,6 +237,7 @@ def planning(ledger: Ledger) -> None:
         "batches of 64 and more have a warm-up, smaller ones none", list(runs["warmup"] > 0) == list(runs.index >= 64)
     )
     holds("without longer warm-ups only 512 and 1024 were late", set(late[late > 1.1].index) == {512, 1024})
+    holds("by half as many updates again and more", bool((late[[512, 1024]] > 1.5).all()))
     _language_plan(ledger)
     claims = ledger.frame("planning/claims")
     for claim, words in {"P1": "as a factor, is below", "P1 calibrated": "calibrated"}.items():
@@ -271,4 +274,6 @@ def _language_plan(ledger: Ledger) -> None:
     for name, column in {"text start": "start", "text B": "B"}.items():
         ledger.cell(f"planning.{name}", place, column, ",.0f", batch=256, **where)
     holds("two tasks are finished", list(ledger.frame(place)["task"].unique()) == ["calm, mnist", "transformer"])
+    # The manual's words.
+    holds("up to a fifth fewer", abs(off.min() - 0.8) < 0.02)
     holds("its larger batches need fewer updates than foretold", bool((off[found["batch"] > 512] < 1.0).all()))

@@ -119,13 +119,11 @@ def acting_section(study: str) -> str:
 
 
 OPENINGS = {
-    "rate warm-up": "the rate warms up, over the first tenth",
+    "rate warm-up": "the rate's warm-up over the first tenth",
     "none": "nothing",
-    "large batch first": "eight times the batch, over the first tenth",
-    "standard error": "`StandardError`, without a clock",
+    "large batch first": "eight times the batch over the first tenth",
+    "standard error": "`StandardError` without a clock",
 }
-
-WAYS = (("none", "nothing"), ("large batch first", "a larger batch first"), ("standard error", "`StandardError`"))
 OF_WARM_UP = "{of rate warm-up:.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -148,13 +146,13 @@ def warm_up_section() -> str:
     ratios = found.set_index(["order", "opening"])
     said = []
     for order in ("post", "pre"):
-        ways = (f"{label} {OF_WARM_UP.format_map(ratios.loc[order, way])}" for way, label in WAYS)
+        ways = (f"{OPENINGS[way]} {OF_WARM_UP.format_map(ratios.loc[order, way])}" for way in list(OPENINGS)[1:])
         said.append(f"{order}-normalised, {', '.join(ways)}")
     return (
         f"A fixed 512 over seven rates, each way to open at its best, has of the loss that a warm-up of the rate "
-        f"gives: {'; '.join(said)}. A large batch is no warm-up here, and early gradients are not noisy: over the "
-        f"first 50,000 characters `B / n` is at most {calm.max():.2f}, and of pre-normalised networks "
-        f"{early['value']:.2f} ({early['low']:.2f} to {early['high']:.2f}) times that of post-normalised ones."
+        f"gives: {'; '.join(said)}. Over the first 50,000 characters, where noise is said to be largest, `B / n` is at "
+        f"most {calm.max():.2f}, and of pre-normalised networks {early['value']:.2f} ({early['low']:.2f} to "
+        f"{early['high']:.2f}) times that of post-normalised ones."
         f"\n\n{table(found, cells)}"
     )
 

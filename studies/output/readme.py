@@ -170,16 +170,19 @@ def _what_it_foretells() -> str:
     found, before = (table_.assign(off=table_["updates"] / table_["predicted"]) for table_ in tables_)
     late = before[before["off"] > 1.1]
     said = [
-        f"{own['batch'].min():.0f} to {own['batch'].max():,.0f} took {own['off'].min():.2f} to {own['off'].max():.2f} "
-        f"of that ({task})"
+        f"on {NETWORKS[str(task)]} {own['batch'].min():.0f} to {own['batch'].max():,.0f} took "
+        f"{own['off'].min():.2f} to {own['off'].max():.2f} of that"
         for task, own in found.groupby("task", sort=False)
     ]
     return (
-        f"From one run at a small batch, `ab.plan` foretold how many updates every other batch, with its rate and its "
-        f"warm-up tuned, takes to the same loss: {', '.join(said)}. With short warm-ups at most to choose, "
-        f"{' and '.join(f'{n:,.0f}' for n in late['batch'])} had taken "
+        f"From one run at a small batch `ab.plan` foretold how many updates every other one takes to the same loss, "
+        f"with its rate and, but for the smallest, its warm-up tuned: {', '.join(said)}. With short warm-ups at most "
+        f"to choose, {' and '.join(f'{n:,.0f}' for n in late['batch'])} had taken "
         f"{' and '.join(f'{ratio:.2f}' for ratio in late['off'])} of it."
     )
+
+
+NETWORKS = {"calm, mnist": "the calm network", "transformer": "the transformer"}
 
 
 def _ratio(value: float) -> str:
