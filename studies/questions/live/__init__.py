@@ -161,10 +161,10 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
     fixed = [list(reported(setting, scale, n, seeds, found).values()) for n in searches]
     if not all(fixed):
         return
-    for *diverged, _ in fixed:
-        yield from (restaged(run, "diverged") for runs in diverged for run in runs)
-    for n, (*_, runs) in zip(searches, fixed, strict=True):
-        *_, earlier = reported(setting, scale, n, seeds, found, scale.warmups[:2]).values()
+    for n, (*diverged, runs) in zip(searches, fixed, strict=True):
+        *others, earlier = reported(setting, scale, n, seeds, found, scale.warmups[:2]).values()
+        left = diverged + [own for own in others if own not in diverged]
+        yield from (restaged(run, "diverged") for own in left for run in own)
         yield from (restaged(run, BEFORE) for run in earlier if earlier != runs)
     start = {n: rate for n, each in searches.items() if (rate := each.first(found)) is not None}
     ramp = Method("ramp 2 to 16", ab.Ramp(2, 16, float(scale.examples)))
