@@ -223,7 +223,7 @@ def status(
     found = Found(store, committed())
     runs = _study(name).plan(Options(preset, seeds, data), found)
     if not runs:
-        print(f"{name} trains nothing of its own: `python -m studies run {name}` measures it in one go.")
+        print(f"{name} has no run that can be named now: it measures in one go, or waits for another's sweep.")
         return
     rows = pd.DataFrame({"stage": dict(run.labels)["stage"], "finished": run in found} for run in runs)
     table = rows.groupby("stage", sort=False)["finished"].agg(finished="sum", known="size").reset_index()

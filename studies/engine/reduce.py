@@ -129,6 +129,32 @@ def recorded_steps(row: Mapping[str, Any]) -> np.ndarray:
     return np.repeat(row["schedule_k"], row["schedule_windows"]).astype(int)
 
 
+# What every run has, the beginnings of its settings, and what only some kinds have: labels have none of these names.
+_OWN = {
+    *("key", "seed", "adaptbatch", "final", "best", "train_loss", "test_loss", "diverged", "spikes", "probe_spikes"),
+    *("examples", "updates", "mean_batch", "last_batch", "at_limit", "changes", "seconds"),
+}
+_SETTINGS, _OF_SOME = ("task_", "arm_", "on_", "schedule_"), ("auroc", "auprc")
+
+
+def of_the_run(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study's row says of its run itself: no label, and nothing that only other kinds of runs in it have.
+
+    Example:
+        >>> of_the_run({"key": "a", "network": "calm", "task_depth": math.nan, "task_width": 64, "final": math.nan})
+        {'key': 'a', 'task_width': 64, 'final': nan}
+    """
+    return {
+        name: value
+        for name, value in row.items()
+        if name in _OWN or (name.startswith((*_SETTINGS, *_OF_SOME)) and not _is_missing(value))
+    }
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
+
+
 def settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings, in columns: those of the task, and ``arm_`` those in which its arm is not plain."""
     task = {f"task_{name}": value for name, value in identity["task"].items()}

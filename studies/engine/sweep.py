@@ -19,7 +19,7 @@ import pandas as pd
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from studies.engine import reduce
-from studies.engine.results import LABELS, RESULTS, load, read_table, write_atomically
+from studies.engine.results import RESULTS, load, read_table, write_atomically
 from studies.engine.runner import RUNS, Run
 
 SHARED = "shared"
@@ -105,7 +105,7 @@ class Found:
             if not (folder / "runs.parquet").is_file():
                 continue
             for row in read_table(folder / "runs.parquet").to_dict("records"):
-                self.rows.setdefault(str(row["key"]), {name: v for name, v in row.items() if not _is_foreign(name, v)})
+                self.rows.setdefault(str(row["key"]), reduce.of_the_run(row))
             for key, part in read_table(folder / "curves.parquet").groupby("key", sort=False):
                 self.curves.setdefault(str(key), part.drop(columns="key").reset_index(drop=True))
 
@@ -132,18 +132,6 @@ class Found:
         row |= attrs["test"] | {f"on_{name}": value for name, value in attrs["provenance"].items()}
         row |= {f"schedule_{name}": value for name, value in reduce.schedule(table).items()}
         self.rows[run.key], self.curves[run.key] = row, reduce.curve(table)
-
-
-# What only some kinds of runs have: a study with several has it of all.
-_OF_SOME = ("task_", "arm_", "auroc", "auprc")
-_LABELS = frozenset(LABELS) - {"key", "seed"}
-_LABELS |= {"order", "millions", "lr", "fixed", "warmup", "rate", "task", "budget", "batch", "start"}
-
-
-def _is_foreign(name: str, value: Any) -> bool:
-    """Whether it is no part of the run: a label that another study gave it, or what other kinds of runs have."""
-    missing = value is None or value is pd.NA or (name.startswith(_OF_SOME) and value != value)
-    return missing or name in _LABELS
 
 
 Plan = Callable[[Options, Found], list[Run]]

@@ -239,7 +239,7 @@ def _bracketed(subject: Subject, n: int, seeds: range, target: float | None, fou
 
 
 def _settled(subject: Subject, n: int, runs: Callable[[Tuned], list[Run]], found: Found) -> tuple[list[Run], list[Run]]:
-    """The runs of the best rate at which none diverges, and what there is of those at better ones."""
+    """The runs of the best rate at which none diverges, or of the last, and what there is of those at better ones."""
     left: list[Run] = []
     *others, last = subject.ranked(n, found)
     for tuned in others:

@@ -35,7 +35,7 @@ Registered before its runs, after pilots of one or two seeds that are not among 
 * L6 (registered with the longer warm-ups, before its runs): with its rate and its warm-up tuned (8 trials, where a
   fixed batch has 16) ``theta 0.7, root, tuned`` has an updates ratio below 1.
 
-Plan, on one core: 1 million, pre-LN and post-LN, 1.5 hours each; 4 million pre-LN 5; warm-up 1; 16 million 3.
+Plan, hours on one core: 1 million pre-LN 1.5 and warm-up 1 (both have been run), post-LN 1.5; 4 million 5; 16 3.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float
 
 def tuned(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned | None:
     """A fixed batch's best rate and share on the tuning seeds; None before all are finished."""
-    return _best(searched(setting, scale, n, found), found)
+    return next(iter(ranked(setting, scale, n, found)), None)
 
 
 def ranked(setting: Setting, scale: Scale, n: int, found: Found) -> list[Tuned]:

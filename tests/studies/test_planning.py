@@ -104,11 +104,16 @@ def test_a_batch_that_never_gets_there_has_an_infinite_error():
     assert sweep.error(sweep.scales).value == math.inf
 
 
-def trained(ranked: Sequence[tuple[float, float]], diverges: Callable[[dict], bool]) -> list[Run]:
+def trained(
+    ranked: Sequence[tuple[float, float]], diverges: Callable[[dict], bool], earlier: tuple[float, float] | None = None
+) -> list[Run]:
     """All runs of the calm network, from rows that are put there, run by run, as they would be trained."""
     (subject, *_) = planning.subjects(Options("laptop"))
     assert subject.batches == (16, 32, 64, 128, 256, 512, 1024)
-    subject, found = replace(subject, ranked=lambda n, found: ranked, earlier=None), Found(Path("nowhere"))
+    subject = replace(
+        subject, ranked=lambda n, found: ranked, earlier=None if earlier is None else lambda n, found: earlier
+    )
+    found = Found(Path("nowhere"))
     for _ in range(12):
         missing = [run for run in planning._swept(subject, range(2), found) if run not in found]
         for run in missing:
@@ -149,6 +154,25 @@ def test_a_rate_at_which_a_run_diverges_is_left_for_the_next_best():
     assert (counted.drop(index=256) == 0.04).all(axis=None)
     left = swept[swept["stage"] == "diverged"]
     assert set(zip(left["batch"], left["lr"], strict=True)) == {(256, 0.04), (256, 0.02)}
+
+
+def test_what_batches_took_earlier_stands_beside(tmp_path: Path):
+    """At rates of their own, until they bracket the loss too; where they are those of today nothing is said twice."""
+    ranked = [(0.02, 0.4)]
+    swept = pd.DataFrame(dict(run.labels) for run in trained(ranked, lambda labels: False, earlier=(0.01, 0.0)))
+    stages = swept.groupby("stage")["lr"].agg(["min", "max", "size"])
+    assert stages.loc["shorter warm-ups"].tolist() == [0.01, 0.01, stages.loc["final", "size"] - 2]
+    assert stages.loc["final", ["min", "max"]].tolist() == [0.02, 0.02]
+    assert {dict(run.labels)["stage"] for run in trained(ranked, lambda labels: False, earlier=ranked[0])} == {"final"}
+
+    runs, curves = (load("planning", curves=which, folder=results(tmp_path).parent) for which in (False, True))
+    later = runs[runs["batch"] != START].assign(stage="shorter warm-ups")
+    later["budget"] *= 2.0
+    engine.write(pd.concat([runs, later], ignore_index=True), curves, tmp_path / "planning")
+    tables = planning.tables(tmp_path / "planning")
+    now, before = (tables[name].set_index("batch")["updates"] for name in ("predictions", "before"))
+    assert before.to_numpy() == pytest.approx(2.0 * now.to_numpy(), rel=1e-6)
+    planning.draw(tmp_path / "planning")
 
 
 def test_runs_at_rates_that_were_left_are_not_counted(tmp_path: Path):
