@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,14 +31,15 @@ class ExampleCount:
         hooks = [module.register_forward_pre_hook(self._called, with_kwargs=True) for module in model.modules()]
         self._whole, self._parts = hooks[0], hooks[1:]
 
-    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _called(self, module: nn.Module, args: tuple[Any, ...], *kwargs: Mapping[str, Any]) -> None:
+        # Taken off while the module is at its hooks, as by the collector, it is called without kwargs.
         if module is self._model:
             self._forget_parts()
             if torch.is_grad_enabled():
                 self._seen = None
         # Of a call for evaluation no backward pass follows.
         if self._seen is None and torch.is_grad_enabled():
-            self._seen = first_dimension((args, kwargs))
+            self._seen = first_dimension((args, *kwargs))
 
     def take(self) -> int | None:
         """The number of examples since the last time; None where no call showed it."""

@@ -234,6 +234,23 @@ class TestWhatIsLeft:
         assert not any(p._backward_hooks for p in model.parameters())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
+    @pytest.mark.parametrize("measures", ["ghost", "meter"])
+    def test_hooks_may_go_while_their_module_is_called(self, measures: str):
+        """As where the collector comes by then, and takes a controller that was dropped."""
+        model = small_model()
+        if measures == "ghost":
+            one = ab.BatchController(model, sgd(model), rule=ab.Fixed(1), ghost=True)
+            register = model[0].register_forward_hook
+        else:
+            one = ab.NoiseMeter(model, sgd(model))
+            register = model.register_forward_pre_hook
+        handle = register(lambda *_: one.close(), prepend=True)
+        x = batches([3])[0]
+        squared(model, x).backward()
+        handle.remove()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert squared(model, x).isfinite()
+
     def test_a_closed_controller_hears_saves_and_loads_nothing(self):
         c = controlled()
         state = c.state_dict()

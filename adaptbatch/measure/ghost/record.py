@@ -38,7 +38,11 @@ class Layer:
         self._last: Callable[[], Call | None] = lambda: None
         self._handle = module.register_forward_hook(self, prepend=True, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> None:
+        if len(kwargs_and_output) == 1:
+            # Taken off while the module was at its hooks, as by the collector: torch hands out no kwargs then.
+            return
+        kwargs, output = kwargs_and_output
         if not output.requires_grad or not any(p.requires_grad for p in module._parameters.values() if p is not None):
             return
         x: Tensor = args[0] if args else kwargs["input"]
@@ -48,7 +52,7 @@ class Layer:
         if not self.record.open and (last := self._last()) is not None and last.pending:
             self.repeated = True
         self._last = weakref.ref(call)
-        output.register_hook(call)  # type: ignore[no-untyped-call]
+        output.register_hook(call)
 
     @property
     def __name__(self) -> str:
