@@ -105,9 +105,10 @@ class Search:
     refined: bool = True
 
     def candidates(self, found: Found) -> tuple[float, ...]:
-        """All rates that can be named by now."""
+        """All rates that can be named by now; one of the grid, but for its third digit, is no other."""
         best = self.first(found) if self.refined else None
-        return self.rates if best is None else (*self.rates, *beside(best))
+        finer = () if best is None else beside(best)
+        return (*self.rates, *(lr for lr in finer if not np.isclose(lr, self.rates, rtol=0.01).any()))
 
     def planned(self, found: Found) -> list[Run]:
         """Their runs."""

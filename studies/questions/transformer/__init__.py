@@ -4,9 +4,10 @@ A character language model (three layers of width 64, context 64; :mod:`studies.
 text split by books, AdamW, a learning rate that warms up over a tenth of a million characters and decays linearly to
 zero. Everything is counted in characters, which are the weights of the micro-batches too: 256 in each. Budgets of 1, 4
 and 16 million. Fixed batches of 256 to 8,192, each at its own tuned rate: on three seeds of their own a grid of five
-and the two beside its best (:class:`studies.engine.tuning.Search`); at 4 million the best at 1 million and the two
-beside it; at 16 million the best at 4 million. Reported: the loss on the test books at the end of training, on eight
-fresh seeds (16 million: three).
+and the two beside its best (:class:`studies.engine.tuning.Search`). Longer budgets have the fixed batches of 1,024 to
+8,192 and the arms of L2: at 4 million the best at 1 million, the two rates beside it (where one of these is better,
+that beyond it too) and the next shorter warm-up; at 16 million the best at 4 million. Reported: the loss on the test
+books at the end of training, on eight fresh seeds (16 million: three).
 
 Arms and comparison are those of :mod:`studies.questions.live`: the *updates ratio* to the frontier of fixed batches at
 equal examples and equal loss. No batch of an adaptive arm is tuned: it starts at two micro-batches, 512 characters, at
@@ -15,13 +16,17 @@ the rate that the grid gave a fixed 512, and its rate follows the root of its ba
 What changed after runs had been seen, in the frontier's favour: with the usual warm-up L1 had 0.61 (0.59 to 0.64) for
 ``theta 0.7, root``. But a rate that follows a growing batch warms up for longer, and a pilot (one tuning seed) of fixed
 2048 found 1.76 with a warm-up over a tenth, 1.66 over three, 1.63 over five tenths. So fixed batches of 512 and
-more are tuned with warm-ups over 30, 50 and 70 % as well, and take the best.
+more are tuned with warm-ups over 30, 50 and 70 % as well, and take the best. Before any run at 4 million: fewer fixed
+batches there (at 1 million the five give 1.06, 1.05 and 0.84 for the arms of L2, where all eight give 1.06, 1.04 and
+0.84), a shorter warm-up, and L2 of the tuned arm too, which gains most.
 
 Registered before its runs, after pilots of one or two seeds that are not among the results:
 
 * L1 (primary): ``theta 0.7, root``, the same as V1's in :mod:`studies.questions.live`, has an updates ratio below 1, at
   1 and at 4 million characters, pre-LN. The same is asked of ``pareto 2048, root`` (four times the starting batch).
-* L2: the ratio falls as the budget grows: that at 4 million over that at 1 million is below 1, for each of these two.
+* L2: the ratio falls as the budget grows: that at 4 million over that at 1 million is below 1, for each of these two
+  and for ``theta 0.7, root, tuned``, which keeps the rate and the share of warm-up that it has at 1 million: fixed
+  batches are tuned again, it is not. Intervals of the two budgets add in quadrature, in logarithms.
 * L3: warm-up. (a) The relative noise ``B / n`` over the first 50,000 characters is larger for post-LN than for pre-LN
   at the same batch and rate (geometric means over the rates at which neither diverges, seed by seed). (b) Over a grid
   of seven rates (three seeds), without a learning-rate warm-up, on post-LN: a batch that is large for the first 100,000
@@ -35,115 +40,59 @@ Registered before its runs, after pilots of one or two seeds that are not among 
 * L6 (registered with the longer warm-ups, before its runs): with its rate and its warm-up tuned (8 trials, where a
   fixed batch has 16) ``theta 0.7, root, tuned`` has an updates ratio below 1.
 
-Plan, hours on one core: 1 million pre-LN 1.5 and warm-up 1 (both have been run), post-LN 1.5; 4 million 5; 16 3.
+Plan, hours on one core: 1 million pre-LN and warm-up 8 (both have been run); 4 million 3.7, post-LN 2.5; 16 million 3.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 import adaptbatch as ab
-from studies.engine.arms import Arm, Decay, Schedule
-from studies.engine.language import LanguageTask, Order
+from studies.engine.arms import Arm
 from studies.engine.results import load
 from studies.engine.runner import Run
-from studies.engine.sweep import TUNING_SEEDS, Found, Options, Study, from_runs
-from studies.engine.tuning import Search, beside, together
+from studies.engine.sweep import Found, Options, Study, from_runs
+from studies.engine.tuning import Search
 from studies.output.front_figure import figure_of
 from studies.output.fronts import BEFORE, against_earlier, bootstrapped, claim_row, compare_tasks, feedback
 from studies.output.opening import noisier, opening_noise, openings, warm_up
 from studies.output.opening_figure import draw_openings
-from studies.output.statistics import Interval
+from studies.output.statistics import quotient
 from studies.questions import live
 from studies.questions.live import Method, Tuned
+from studies.questions.transformer.setting import (
+    LARGE,
+    LARGE_SEEDS,
+    MICRO_BATCH,
+    MIDDLE,
+    NAME,
+    POST,
+    SCALES,
+    SMALL,
+    START,
+    WARMUP,
+    Scale,
+    Setting,
+    adaptive_arm,
+    best_of_all,
+    fixed_run,
+    labelled,
+    ranked,
+    searched,
+    tuned,
+)
 
-NAME = "transformer"
-CONTEXT = 64
-MICRO_BATCH = 4 * CONTEXT
-START = 2 * MICRO_BATCH
-PASS = 2048
-WARMUP = 100_000.0
-BATCHES = (256, 512, 1024, 1536, 2048, 3072, 4096, 8192)
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-# Shares of the budget that a fixed batch may warm up over beside the usual tenth, and for which batches and rates.
-LONG_WARMUPS = (0.3, 0.5, 0.7)
-LONG_BATCHES = BATCHES[1:]
-LONG_RATES = (5.66e-3, 8e-3)
+__all__ = ["SCALES", "SMALL", "START", "Scale", "Setting", "fixed_run", "ranked", "searched", "tuned"]
+# At 4 and 16 million.
+LONGER_BATCHES = (1024, 2048, 3072, 4096, 8192)
 # Of an arm that is tuned, at the batch it starts from.
 ARM_RATES = (4e-3, 5.66e-3)
-# Three decades, for the role of the warm-up.
-WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 PRICES = (4.0 * START, 32.0 * START)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """Sizes of a preset."""
-
-    million: int
-    seeds: int
-    width: int = 64
-    layers: int = 3
-    batches: tuple[int, ...] = BATCHES
-    rates: tuple[float, ...] = RATES
-    wide_rates: tuple[float, ...] = WIDE_RATES
-    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
-    long_warmups: tuple[float, ...] = LONG_WARMUPS
-
-
-SCALES: dict[str, Scale] = {
-    "smoke": Scale(5_000, 2, 16, 1, (512, 2048), (4e-3, 8e-3), (4e-3,), (1000,), ()),
-    "laptop": Scale(1_000_000, 8),
-    "paper": Scale(1_000_000, 20, width=384, layers=6),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model and a budget.
-
-    Attributes:
-        millions: Budget [million characters], of a preset's millions.
-        order: Where the blocks are normalised.
-    """
-
-    millions: float
-    order: Order = "pre"
-
-    def budget(self, scale: Scale) -> int:
-        """Characters."""
-        return round(self.millions * scale.million)
-
-    def task(self, scale: Scale, batch: int) -> LanguageTask:
-        """What its arms share; ``batch`` characters a pass."""
-        budget = self.budget(scale)
-        return LanguageTask(
-            "kjv",
-            budget,
-            batch // CONTEXT,
-            CONTEXT,
-            width=scale.width,
-            layers=scale.layers,
-            order=self.order,
-            probe_every=budget // 40,
-        )
-
-    def schedule(self, scale: Scale, warmup: bool = True, share: float = 0.0) -> Schedule:
-        """Of the learning rate; the warm-up is a tenth of a million whatever the budget, or a ``share`` of it."""
-        usual = WARMUP * scale.million / 1e6 if warmup else 0.0
-        return Decay(self.budget(scale), share * self.budget(scale) or usual)
-
-
-SMALL = Setting(1)
-POST = Setting(1, "post")
-LARGE = Setting(16)
-LARGE_SEEDS = 3
 
 
 def _both(name: str, rule: ab.rules.Rule) -> tuple[Method, Method]:
@@ -158,6 +107,7 @@ METHODS: tuple[Method, ...] = (
 )
 PRIMARY = (live.PRIMARY, "pareto 2048, root")
 RAMPS = {f"{shape} ramp": shape for shape in ("linear", "exponential")}
+TUNED = f"{live.PRIMARY}, tuned"
 CONTROLS = ("replay", "constant mean", *(f"{name}, root" for name in RAMPS))
 
 
@@ -175,9 +125,9 @@ def plan(options: Options, found: Found) -> list[Run]:
         _controls(SMALL, scale, seeds, found),
         _warming(POST, scale),
         _warming(SMALL, scale),
-        _setting(Setting(4), scale, seeds, found),
+        _longer(MIDDLE, scale, seeds, found),
         _setting(POST, scale, seeds, found),
-        _largest(scale, seeds[:LARGE_SEEDS], found),
+        _longer(LARGE, scale, seeds[:LARGE_SEEDS], found),
     ):
         runs += part
         if any(run not in found for run in runs):
@@ -191,24 +141,37 @@ def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iter
         for each in own.values():
             yield from each.planned(found)
     chosen = {n: best for n in searches if (best := tuned(setting, scale, n, found)) is not None}
-    usual = {n: best for n, own in searches.items() if 0.0 in own and (best := _best({0.0: own[0.0]}, found))}
-    start = searched(replace(setting, millions=1), scale, START, found)[0.0].first(found)
+    usual = {n: best for n, own in searches.items() if 0.0 in own and (best := best_of_all({0.0: own[0.0]}, found))}
+    start = searched(setting, scale, START, found)[0.0].first(found)
     if start is not None and len(chosen) == len(searches):
         earlier = [(n, seed) for seed in seeds for n in usual if usual[n] != chosen[n]]
         yield from (live.restaged(fixed_run(setting, scale, n, usual[n], seed), BEFORE) for n, seed in earlier)
-        yield from _reported(setting, scale, chosen, start, seeds)
+        arms = [adaptive_arm(method, setting, scale, start) for method in METHODS]
+        yield from _reported(setting, scale, chosen, arms, seeds)
 
 
-def _reported(setting: Setting, scale: Scale, chosen: dict[int, Tuned], start: float, seeds: range) -> Iterator[Run]:
+def _reported(
+    setting: Setting, scale: Scale, chosen: dict[int, Tuned], arms: Sequence[Arm], seeds: range
+) -> Iterator[Run]:
     # Seed by seed, so that what is finished can be compared.
     for seed in seeds:
         yield from (fixed_run(setting, scale, n, own, seed) for n, own in chosen.items())
-        for method in METHODS:
-            yield _run("final", setting, scale, _arm(method, setting, scale, start), seed)
+        yield from (labelled("final", setting, scale, arm, seed) for arm in arms)
 
 
-def _arm(method: Method, setting: Setting, scale: Scale, lr: float) -> Arm:
-    return replace(method.arm(lr, setting.schedule(scale)), optimizer="adamw", beta2=0.99)
+def _longer(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
+    """L2: a longer budget of fixed batches, tuned at 4 million, and of the arms it asks of, as at one million."""
+    batches = [n for n in LONGER_BATCHES if n in scale.batches]
+    for n in batches:
+        for each in searched(MIDDLE, scale, n, found).values():
+            yield from each.planned(found)
+    chosen = {n: best for n in batches if (best := tuned(MIDDLE, scale, n, found)) is not None}
+    start = searched(SMALL, scale, START, found)[0.0].first(found)
+    own = best_of_all(_searches(SMALL, scale), found)
+    if len(chosen) == len(batches) and start is not None and own is not None:
+        methods = [method for method in METHODS if method.label in PRIMARY]
+        arms = [adaptive_arm(method, setting, scale, start) for method in methods]
+        yield from _reported(setting, scale, chosen, [*arms, _tuned_arm(setting, scale, *own)], seeds)
 
 
 def _controls(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
@@ -216,89 +179,40 @@ def _controls(setting: Setting, scale: Scale, seeds: range, found: Found) -> Ite
     start = searched(setting, scale, START, found)[0.0].first(found)
     if start is None:
         return
-    led = next(_arm(method, setting, scale, start) for method in METHODS if method.label == live.PRIMARY)
+    led = next(adaptive_arm(method, setting, scale, start) for method in METHODS if method.label == live.PRIMARY)
     ramps = [
         Method(name, ab.Ramp(2, 32, float(setting.budget(scale)), shape), start=START) for name, shape in RAMPS.items()
     ]
     for seed in seeds:
-        recorded = found.get(_run("final", setting, scale, led, (seed - 1) % len(seeds)))
-        arms = [*live.without_feedback(led, recorded, MICRO_BATCH), *(_arm(r, setting, scale, start) for r in ramps)]
-        yield from (_run("final", setting, scale, arm, seed) for arm in arms)
+        recorded = found.get(labelled("final", setting, scale, led, (seed - 1) % len(seeds)))
+        arms = [*live.without_feedback(led, recorded, MICRO_BATCH)]
+        arms += [adaptive_arm(ramp, setting, scale, start) for ramp in ramps]
+        yield from (labelled("final", setting, scale, arm, seed) for arm in arms)
 
 
 def _tuned(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     """L6: the primary arm, as much of it tuned as of a fixed batch."""
-    method = next(method for method in METHODS if method.label == live.PRIMARY)
-
-    def run(stage: str, lr: float, share: float, seed: int) -> Run:
-        schedule = setting.schedule(scale, share=share)
-        arm = replace(method.arm(lr, schedule, f"{method.label}, tuned"), optimizer="adamw", beta2=0.99)
-        return _run(stage, setting, scale, arm, seed)
-
-    def runs(lr: float, share: float) -> list[Run]:
-        return [run("tune", lr, share, seed) for seed in scale.tuning_seeds]
-
-    shares = (0.0, *scale.long_warmups)
-    searches = {share: Search(ARM_RATES, partial(runs, share=share), refined=False) for share in shares}
+    searches = _searches(setting, scale)
     for search in searches.values():
         yield from search.planned(found)
-    if (best := _best(searches, found)) is not None:
-        yield from (run("final", *best, seed) for seed in seeds)
+    if (best := best_of_all(searches, found)) is not None:
+        yield from (labelled("final", setting, scale, _tuned_arm(setting, scale, *best), seed) for seed in seeds)
 
 
-def fixed_run(setting: Setting, scale: Scale, n: int, own: Tuned, seed: int) -> Run:
-    """A reported run of a fixed batch, of its rate and the share of its warm-up, 0 for the usual one."""
-    return _run("final", setting, scale, _fixed(setting, scale, n, *own), seed, n)
+def _tuned_arm(setting: Setting, scale: Scale, lr: float, share: float) -> Arm:
+    method = next(method for method in METHODS if method.label == live.PRIMARY)
+    return replace(method.arm(lr, setting.schedule(scale, share=share), TUNED), optimizer="adamw", beta2=0.99)
 
 
-def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float, Search]:
-    """For the rate of a fixed batch, by the share of its warm-up, 0 for the usual one.
-
-    At one million a grid, and longer warm-ups for some batches; for longer budgets the best of these and the rates
-    beside it, none while that is not known.
-    """
+def _searches(setting: Setting, scale: Scale) -> dict[float, Search]:
+    """For the primary arm's rate, by the share of its warm-up."""
 
     def runs(lr: float, share: float) -> list[Run]:
-        arm = _fixed(setting, scale, n, lr, share)
-        return [_run("tune", setting, scale, arm, seed, n) for seed in scale.tuning_seeds]
+        arm = _tuned_arm(setting, scale, lr, share)
+        return [labelled("tune", setting, scale, arm, seed) for seed in scale.tuning_seeds]
 
-    if setting.millions != 1:
-        best = tuned(SMALL, scale, n, found)
-        lr, share = (0.0, 0.0) if best is None else best
-        return {share: Search((lr, *beside(lr)) if lr else (), partial(runs, share=share), refined=False)}
-    longer = scale.long_warmups if n in LONG_BATCHES and setting == SMALL else ()
-    return {0.0: Search(scale.rates, partial(runs, share=0.0))} | {
-        share: Search(LONG_RATES, partial(runs, share=share)) for share in longer
-    }
-
-
-def tuned(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned | None:
-    """A fixed batch's best rate and share on the tuning seeds; None before all are finished."""
-    return next(iter(ranked(setting, scale, n, found)), None)
-
-
-def ranked(setting: Setting, scale: Scale, n: int, found: Found) -> list[Tuned]:
-    """All that was tried for a fixed batch, the best first; empty before all are finished."""
-    return list(together(searched(setting, scale, n, found), found))
-
-
-def _best(searches: dict[float, Search], found: Found) -> Tuned | None:
-    return next(iter(together(searches, found)), None)
-
-
-def _fixed(setting: Setting, scale: Scale, n: int, lr: float, share: float) -> Arm:
-    """A fixed batch in passes of at most :data:`PASS` characters."""
-    rule, schedule = ab.Fixed(math.ceil(n / PASS)), setting.schedule(scale, share=share)
-    return Arm(f"fixed {n}", rule, lr, schedule, optimizer="adamw", beta2=0.99)
-
-
-def _run(stage: str, setting: Setting, scale: Scale, arm: Arm, seed: int, batch: int = 0) -> Run:
-    """A run with its labels; ``batch`` is that of a fixed batch."""
-    task = setting.task(scale, batch // math.ceil(batch / PASS) if batch else MICRO_BATCH)
-    labels = {"stage": stage, "order": setting.order, "millions": setting.millions}
-    labels |= {"method": arm.name, "lr": arm.lr, "fixed": int(batch > 0)}
-    labels["warmup"] = getattr(arm.schedule, "warmup", 0.0) / setting.budget(scale)
-    return Run(NAME, task, arm, seed, tuple(labels.items()))
+    shares = (0.0, *scale.long_warmups)
+    return {share: Search(ARM_RATES, partial(runs, share=share), refined=False) for share in shares}
 
 
 def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
@@ -316,16 +230,7 @@ def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
     for name, make in ways.items():
         for lr in scale.wide_rates:
             arm = replace(make(lr), name=name, optimizer="adamw", beta2=0.99)
-            yield from (_run("warm-up", setting, scale, arm, seed) for seed in range(3))
-
-
-def _largest(scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
-    chosen = {n: best for n in scale.batches[1:] if (best := tuned(Setting(4), scale, n, found)) is not None}
-    if len(chosen) < len(scale.batches) - 1:
-        return
-    for run in _reported(LARGE, scale, chosen, chosen[START][0], seeds):
-        if dict(run.labels)["fixed"] or run.arm.name in PRIMARY:
-            yield run
+            yield from (labelled("warm-up", setting, scale, arm, seed) for seed in range(3))
 
 
 TASK = ["order", "millions"]
@@ -361,22 +266,17 @@ def claims(table: pd.DataFrame) -> list[dict[str, object]]:
             said = f"{name} of {row['arm']} to the frontier is below {bound:g}"
             rows.append(claim_row(claim, said, where, bootstrapped(row, name), bound, row))
     for (order, millions), part in table.groupby(TASK, sort=False):
-        own_tuned = part[part["arm"] == f"{live.PRIMARY}, tuned"]
+        own_tuned = part[part["arm"] == TUNED]
         for row in own_tuned.to_dict("records"):
             said = f"updates ratio of {row['arm']} to the frontier is below 1"
             rows.append(claim_row("L6", said, f"{order}-LN, {millions} million", bootstrapped(row, "updates ratio")))
         rows += feedback("L5", part.set_index("arm"), f"{order}-LN, {millions} million", live.PRIMARY, CONTROLS)
-    for arm in PRIMARY:
-        for order, part in own[own["arm"] == arm].groupby("order"):
+    for arm in (*PRIMARY, TUNED):
+        for order, part in table[table["arm"] == arm].groupby("order"):
             by_budget = part.set_index("millions").sort_index()
             for small, large in zip(by_budget.index[:-1], by_budget.index[1:], strict=True):
                 a, b = by_budget.loc[large], by_budget.loc[small]
-                found = Interval(
-                    a["updates ratio"] / b["updates ratio"],
-                    a["updates ratio low"] / b["updates ratio high"],
-                    a["updates ratio high"] / b["updates ratio low"],
-                    "bootstrap",
-                )
+                found = quotient(bootstrapped(a, "updates ratio"), bootstrapped(b, "updates ratio"))
                 said = f"updates ratio of {arm} at {large} million over that at {small} million is below 1"
                 rows.append(claim_row("L2", said, f"{order}-LN", found, arm=a))
     return rows
