@@ -50,7 +50,7 @@ def quotient(above: Interval, below: Interval) -> Interval:
     """One estimate over another that is independent of it, both positive: log half-widths add in quadrature.
 
     Each side of the interval has its own: ``log(high / value)`` of the one above and ``log(value / low)`` of the one
-    below, and the other way round. Where an estimate has no end, neither has the quotient.
+    below, and the other way round. Where the estimate above is infinite the bounds are those of the two bounds.
 
     Example:
         >>> found = quotient(Interval(2.0, 1.0, 4.0), Interval(1.0, 1.0, 1.0))
@@ -60,7 +60,8 @@ def quotient(above: Interval, below: Interval) -> Interval:
     with np.errstate(all="ignore"):
         a, b = (np.log([each.low, each.value, each.high]) for each in (above, below))
         down, up = np.hypot(a[1] - a[0], b[2] - b[1]), np.hypot(a[2] - a[1], b[1] - b[0])
-        low, value, high = np.exp(a[1] - b[1] + np.array([-down, 0.0, up]))
+        bounds = a[1] - b[1] + np.array([-down, 0.0, up])
+        low, value, high = np.exp(np.where(np.isnan(bounds), a - b[::-1], bounds))
     return Interval(float(value), float(low), float(high), above.kind)
 
 

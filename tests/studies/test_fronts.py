@@ -19,7 +19,7 @@ from studies.engine.sweep import Found
 from studies.engine.training import train
 from studies.output.fronts import Frontier, against_earlier, claim_row, compare, compare_tasks, is_live
 from studies.output.statistics import Interval
-from studies.questions import live, quick
+from studies.questions import live, quick, transformer
 
 
 def table(noise: float = 0.0, seeds: int = 6, **arms: tuple[float, float]) -> pd.DataFrame:
@@ -130,6 +130,23 @@ class TestTasks:
         found = Interval(*(arm[f"updates ratio{end}"] for end in ("", " low", " high")))
         row = claim_row("V1", "what", "where", found, arm=arm)
         assert (row["verdict"], row["live"]) == (verdict, f"{live} of 6")
+
+    def test_a_gain_that_grows_with_the_budget_is_said_of_each_arm(self):
+        """0.9 of the updates at one million and 0.75 at four is 5/6; the tuned arm has 0.75 at both."""
+        line = {0.9: 100 / np.sqrt(3_000 / 0.9), 0.75: 100 / np.sqrt(4_000)}
+        parts = []
+        for millions, led in ((1, 0.9), (4, 0.75)):
+            arms = {live.PRIMARY: (3_000.0, line[led]), transformer.TUNED: (3_000.0, line[0.75])}
+            rows = closed(table(**arms), **dict.fromkeys(arms, 6))
+            parts.append(rows.assign(order="pre", millions=millions, stage="final"))
+        claims = transformer.tables(pd.concat(parts, ignore_index=True), pd.DataFrame())["claims"]
+        own = claims[claims["claim"] == "L2"].set_index("what")
+        said = "updates ratio of {} at 4 million over that at 1 million is below 1"
+        assert own.loc[said.format(live.PRIMARY), "value"] == pytest.approx(5 / 6, rel=1e-3)
+        assert own.loc[said.format(live.PRIMARY), "verdict"] == "supported"
+        assert own.loc[said.format(transformer.TUNED), "value"] == pytest.approx(1.0, rel=1e-3)
+        assert own.loc[said.format(transformer.TUNED), "verdict"] != "supported"
+        assert len(own) == 2
 
 
 class TestLanguage:

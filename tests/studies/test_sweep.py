@@ -29,7 +29,7 @@ from studies.engine.results import ResultsError, read_table, write_atomically
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
 from studies.engine.training import Task, score, train
-from studies.engine.tuning import Range, trials
+from studies.engine.tuning import Range, Search, trials
 from studies.questions import catalogue, comparison, depth, live, origin, planning, transformer
 from studies.questions.overhead.accuracy import exact_moments, network_and_examples
 
@@ -431,6 +431,35 @@ def test_the_transformer_goes_on_to_all_its_budgets(tmp_path):
     assert final.groupby("order")["millions"].unique().map(set).to_dict() == {"pre": {1, 4, 16}, "post": {1}}
     fixed = final[(final["method"] == "fixed 2048") & (final["order"] == "pre")]
     assert fixed["warmup"].tolist() == pytest.approx([0.7, 0.7, 0.7])
+    longer = runs[runs["millions"] == 4]
+    tried = longer[(longer["stage"] == "tune") & (longer["method"] == "fixed 2048")]
+    assert {(row["lr"], round(row["warmup"], 3)) for row in tried.to_dict("records")} == {
+        *((lr, 0.7) for lr in (4e-3, 5.66e-3, 8e-3)),
+        (5.66e-3, 0.5),
+    }
+    own = longer[(longer["stage"] == "final") & (longer["fixed"] == 0)].set_index("method")
+    assert set(own.index) == {*transformer.PRIMARY, transformer.TUNED}
+    before = final[(final["millions"] == 1) & (final["order"] == "pre")].set_index("method")
+    for arm in own.index:
+        assert own.loc[arm, "lr"] == before.loc[arm, "lr"]
+    assert own.loc[transformer.TUNED, "warmup"] == pytest.approx(before.loc[transformer.TUNED, "warmup"])
+
+
+def test_a_rate_that_was_tried_is_not_tried_again_for_its_third_digit(tmp_path):
+    """The best of 8e-3, 1.13e-2 and 1.6e-2 has 7.99e-3 beside it, and one at an end has one beyond."""
+    task = comparison.task("calm", "digits", comparison.SCALES["smoke"])
+
+    def candidates(best: float) -> set[float]:
+        found = Found(tmp_path)
+        search = Search((8e-3, 1.13e-2, 1.6e-2), lambda lr: [Run("toy", task, Arm("fixed", ab.Fixed(2), lr), 0)])
+        for lr in search.rates:
+            (run,) = search.runs(lr)
+            found.rows[run.key] = {"final": abs(math.log(lr / best))}
+        return set(search.candidates(found)) - set(search.rates)
+
+    assert candidates(1.13e-2) == set()
+    assert candidates(1.6e-2) == {2.26e-2}
+    assert candidates(8e-3) == {5.66e-3}
 
 
 class TestPlans:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from studies.output import verdicts
-from studies.output.statistics import Interval, expected_best, holm, iqm, ratio, share, to_target
+from studies.output.statistics import Interval, expected_best, holm, iqm, quotient, ratio, share, to_target
 from studies.questions import frontier, momentum, sensitivity
 
 
@@ -49,6 +49,27 @@ class TestStatistics:
         assert (found.value, found.low, found.high) == (1.0, 1.0, inf)
         assert p == 1.0
         assert ratio(np.array([inf, inf]), np.array([1.0, 1.0]))[0].below(1.1) == "not supported"
+
+    def test_coverage_of_a_quotient_of_two_estimates(self):
+        """Of 2,000 pairs of unlike precision, within four standard errors; bounds over bounds would hold more."""
+        rng = np.random.default_rng(2)
+        ends = np.array([0.0, -1.96, 1.96])
+        covered = wider = 0
+        for _ in range(2_000):
+            ours, theirs = (np.log(true) + rng.normal(0, error) for true, error in ((0.9, 0.02), (1.2, 0.05)))
+            a, b = (Interval(*np.exp(x + error * ends)) for x, error in ((ours, 0.02), (theirs, 0.05)))
+            found = quotient(a, b)
+            covered += found.low < 0.9 / 1.2 < found.high
+            wider += a.low / b.high < found.low and found.high < a.high / b.low
+        assert abs(covered / 2_000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2_000)
+        assert wider == 2_000
+
+    def test_a_quotient_of_what_was_not_reached_is_no_support(self):
+        inf = math.inf
+        known = Interval(1.1, 1.0, 1.2, "bootstrap")
+        assert quotient(Interval(inf, inf, inf), known).below(1.0) == "not supported"
+        assert quotient(Interval(inf, 0.9, inf), known).below(1.0) == "undecided"
+        assert quotient(Interval(0.9, 0.8, inf), known).below(1.0) == "undecided"
 
     def test_corrections_are_holms(self):
         assert holm(pd.Series([0.01, 0.03, 0.02])).tolist() == pytest.approx([0.03, 0.04, 0.04])
