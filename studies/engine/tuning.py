@@ -95,20 +95,29 @@ class Search:
     rate follows its batch takes rates off any grid: so every method gets the finer ones.
 
     Attributes:
-        rates: The grid.
+        rates: The grid, ascending where it climbs.
         runs: Those of a rate, one a seed.
         refined: Whether the two beside the best are tried.
+        climbs: Whether the grid goes on, a factor of two at a time, while its best is at one of its ends.
     """
 
     rates: tuple[float, ...]
     runs: Callable[[float], list[Run]]
     refined: bool = True
+    climbs: bool = False
+
+    def grid(self, found: Found) -> tuple[float, ...]:
+        """Its rates, as far as it has climbed."""
+        rates = self.rates
+        while self.climbs and (best := self._best(rates, found)) in (rates[0], rates[-1]):
+            rates = (beside(best, 2.0)[0], *rates) if best == rates[0] else (*rates, beside(best, 2.0)[1])
+        return rates
 
     def candidates(self, found: Found) -> tuple[float, ...]:
         """All rates that can be named by now; one of the grid, but for its third digit, is no other."""
-        best = self.first(found) if self.refined else None
+        grid, best = self.grid(found), self.first(found) if self.refined else None
         finer = () if best is None else beside(best)
-        return (*self.rates, *(lr for lr in finer if not np.isclose(lr, self.rates, rtol=0.01).any()))
+        return (*grid, *(lr for lr in finer if not np.isclose(lr, grid, rtol=0.01).any()))
 
     def planned(self, found: Found) -> list[Run]:
         """Their runs."""
@@ -116,7 +125,7 @@ class Search:
 
     def first(self, found: Found) -> float | None:
         """The best of the grid; None before all of it is finished."""
-        return self._best(self.rates, found)
+        return self._best(self.grid(found), found)
 
     def best(self, found: Found) -> float | None:
         """The best of all; None before all are finished."""
@@ -138,11 +147,11 @@ def together(searches: Mapping[float, Search], found: Found) -> dict[tuple[float
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def beside(rate: float) -> tuple[float, float]:
-    """The two rates a factor of root two away, to three digits.
+def beside(rate: float, factor: float = math.sqrt(2)) -> tuple[float, float]:
+    """The two rates that factor away, root two unless told, to three digits.
 
     Example:
-        >>> beside(8e-3)
-        (0.00566, 0.0113)
+        >>> beside(8e-3), beside(4.53e-2, 2.0)
+        ((0.00566, 0.0113), (0.0227, 0.0906))
     """
-    return float(f"{rate / math.sqrt(2):.3g}"), float(f"{rate * math.sqrt(2):.3g}")
+    return float(f"{rate / factor:.3g}"), float(f"{rate * factor:.3g}")

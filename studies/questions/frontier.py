@@ -73,9 +73,9 @@ def plan(options: Options, found: Found) -> list[Run]:
 def decaying(options: Options, found: Found) -> Iterator[Run]:
     """The live study's arms with every budget, once it has found their rates; until then what finds them."""
     scale, setting = live.SCALES[options.preset], live.SETTINGS[0]
-    plain, *warm = (live.fixed_searches(setting, scale, share) for share in scale.warmups)
-    searches = [one[n] for one in (plain, *warm) for n in DECAYED if n in one]
-    waiting = [run for search in searches for run in search.planned(found) if run not in found]
+    searches = {n: live.searched(setting, scale, n, found) for n in DECAYED}
+    waiting = [run for own in searches.values() for each in own.values() for run in each.planned(found)]
+    waiting = [run for run in waiting if run not in found]
     if waiting:
         yield from waiting
         return
@@ -86,7 +86,7 @@ def decaying(options: Options, found: Found) -> Iterator[Run]:
             for n in DECAYED:
                 (rate, warmup), *_ = live.ranked(setting, scale, n, found)
                 arms.append((live.fixed_arm(setting, part, n, warmup)(rate), n))
-            start = plain[live.START].first(found)
+            start = searches[live.START][0.0].first(found)
             assert start is not None
             methods = [method for method in live.METHODS if method.label in DECAYED_RULES]
             arms += [(method.arm(start, setting.schedule(part)), 0) for method in methods]

@@ -204,7 +204,7 @@ class TestWhatIsReported:
         """Tuning found 8e-3 with a warm-up best, then 8e-3, then 2e-3; these (seed, rate, share) diverged."""
         found, scale, setting = Found(Path("nowhere")), live.SCALES["smoke"], live.SETTINGS[0]
         for share in (0.0, live.WARMUP):
-            search = live.fixed_searches(setting, scale, share)[128]
+            search = live.searched(setting, scale, 128, found)[share]
             for _ in range(2):
                 for run in search.planned(found):
                     final = abs(np.log(run.arm.lr / 8e-3)) - share
@@ -228,6 +228,33 @@ class TestWhatIsReported:
         reported = live.reported(live.SETTINGS[0], live.SCALES["smoke"], 128, range(2), self.known(diverged))
         assert list(reported) == rates
         assert [[run.seed for run in runs] for runs in reported.values()] == [[0, 1]] * len(rates)
+
+    @pytest.mark.parametrize("best", [(2e-3, 0.0), (6.4e-2, live.WARMUP), (8e-3, live.WARMUP)])
+    def test_away_from_home_the_best_is_looked_for_from_that_at_home(self, best: tuple[float, float]):
+        """Which has 8e-3 with a warm-up; what is best away is found, wherever it is."""
+        found, scale = self.known(set()), live.SCALES["smoke"]
+        away = live.Setting("calm", "mnist")
+        rates = set()
+        for _ in range(12):
+            missing = [
+                run
+                for search in live.searched(away, scale, 128, found).values()
+                for run in search.planned(found)
+                if run not in found
+            ]
+            for run in missing:
+                share = run.arm.schedule.warmup / scale.examples
+                off = abs(np.log(run.arm.lr / best[0])) + 0.01 * abs(share - best[1])
+                found.rows[run.key] = {"final": off, "diverged": False}
+                rates.add(run.arm.lr)
+        assert live.ranked(away, scale, 128, found)[0] == pytest.approx(best)
+        assert min(rates) >= min(4e-3, best[0] / 2)
+        assert max(rates) <= max(1.6e-2, 2 * best[0])
+
+    def test_away_from_home_nothing_is_looked_for_before_home_is_tuned(self):
+        away = live.Setting("noisy scaled")
+        assert live.searched(away, live.SCALES["laptop"], 128, Found(Path("nowhere"))) == {}
+        assert live.ranked(away, live.SCALES["laptop"], 128, Found(Path("nowhere"))) == []
 
     def test_nothing_is_reported_before_it_is_tuned(self):
         assert live.reported(live.SETTINGS[0], live.SCALES["smoke"], 128, range(2), Found(Path("nowhere"))) == {}

@@ -204,6 +204,28 @@ def test_the_other_studies_own_sweeps_are_waited_for(tmp_path: Path):
     assert planning.plan(Options("laptop"), Found(tmp_path)) == []
 
 
+def test_a_task_that_no_study_has_swept_is_swept_here(tmp_path: Path):
+    """From the home sweep that is committed, in rounds; at the end each batch has what brackets the measured run."""
+    found = Found(tmp_path, engine.committed())
+    options = Options("laptop", seeds=1, data=("fashion",))
+    (subject,) = planning.subjects(options)
+    for _ in range(20):
+        missing = [run for run in planning.plan(options, found) if run not in found]
+        for run in missing:
+            labels = dict(run.labels)
+            batch = labels.get("batch") or int(labels["method"].partition(",")[0].removeprefix("fixed "))
+            loss = (run.task.examples / (batch + SCALE)) ** -0.1
+            final = loss * (1.0 + abs(math.log(labels["lr"] / 0.01)) + abs(labels["warmup"] - 0.2))
+            found.rows[run.key] = {"final": final, "test_loss": loss, "diverged": False}
+        if not missing:
+            break
+    assert not missing
+    runs = pd.DataFrame(dict(run.labels) for run in planning.plan(options, found))
+    assert runs[runs["stage"] == "final"].groupby("batch")["budget"].size().min() >= 1
+    assert set(runs[runs["stage"] == "final"]["batch"]) == set(subject.batches)
+    assert set(runs[runs["stage"] == "tune"]["data"]) == {"fashion"}
+
+
 def test_measured_runs_are_kept_and_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The smoke preset, smaller, on one seed: sweeps, brackets, meters, branches, tables, figure."""
     # No committed run is looked for.

@@ -388,8 +388,12 @@ class TestCatalogue:
     def test_what_a_task_is_trained_on_can_be_asked_for(self, capsys):
         for name in {subject.data for subject in planning.subjects(Options("laptop"))}:
             app.cli(args=["status", "planning", "--data", name])
-            said = "or waits for" if name in ("fashion", "shuttle") else "final"
+            said = "tune" if name in ("fashion", "shuttle") else "final"
             assert said in capsys.readouterr().out
+
+    def test_a_study_that_measures_in_one_go_says_so(self, capsys):
+        app.cli(args=["status", "depth"])
+        assert "no run that can be named now: it measures in one go" in capsys.readouterr().out
 
     @pytest.mark.parametrize("command", ["run", "status", "report"])
     def test_who_asks_for_another_is_told_the_names(self, command):

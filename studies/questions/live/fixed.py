@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import adaptbatch as ab
 from studies.engine.arms import Arm
 from studies.engine.runner import Run
 from studies.engine.sweep import Found
-from studies.engine.tuning import Search, together
-from studies.questions.live.setting import PASS, WARMUP, Scale, Setting, Tuned, labelled, search
+from studies.engine.tuning import Search, beside, together
+from studies.questions.live.setting import HOME, PASS, Scale, Setting, Tuned, labelled, search
 
 
 def fixed_arm(setting: Setting, scale: Scale, n: int, warmup: float = 0.0) -> Callable[[float], Arm]:
@@ -18,14 +19,27 @@ def fixed_arm(setting: Setting, scale: Scale, n: int, warmup: float = 0.0) -> Ca
     return lambda lr: Arm(f"fixed {n}", ab.Fixed(math.ceil(n / PASS)), lr, setting.schedule(scale, warmup))
 
 
-def fixed_searches(setting: Setting, scale: Scale, warmup: float = 0.0) -> dict[int, Search]:
-    """Of every fixed batch, for its rate; with a warm-up of those for which one is tried."""
-    known = {0.0: (scale.batches, scale.rates), WARMUP: (scale.warm_batches, scale.warm_rates)}
-    batches, rates = known.get(warmup, (scale.long_batches, scale.long_rates))
-    suffix = f", warm-up {warmup:.0%}" if warmup else ""
-    return {
-        n: search(setting, scale, f"fixed {n}{suffix}", fixed_arm(setting, scale, n, warmup), n, rates) for n in batches
-    }
+def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float, Search]:
+    """For the rate of a fixed batch, by the share of the examples over which it warms up.
+
+    Grids, or where a setting has none what is best at home, its half and its double, and on from there while one at an
+    end is better; at the best of these the next shorter and the next longer warm-up. None while home is not tuned.
+    """
+
+    def over(share: float, rates: tuple[float, ...]) -> Search:
+        suffix = f", warm-up {share:.0%}" if share else ""
+        return search(setting, scale, f"fixed {n}{suffix}", fixed_arm(setting, scale, n, share), n, rates)
+
+    grids = {share: rates for share, (batches, rates) in scale.grids.items() if n in batches}
+    if setting.whole:
+        return {share: over(share, rates) for share, rates in grids.items()}
+    for lr, share in _tried(HOME, scale, n, found)[:1]:
+        half, double = beside(lr, 2.0)
+        nearest = replace(over(share, (half, lr, double)), climbs=True)
+        best, at, shares = nearest.best(found), list(grids).index(share), list(grids)
+        others = shares[max(0, at - 1) : at] + shares[at + 1 : at + 2]
+        return {share: nearest} | {each: replace(over(each, (best,)), refined=False) for each in others if best}
+    return {}
 
 
 def reported(
@@ -36,7 +50,7 @@ def reported(
     By rate and the share of its warm-up, one of ``warmups`` or of all; empty before they are tuned.
     """
     runs: dict[Tuned, list[Run]] = {}
-    for lr, share in _tried(setting, scale, n, found, warmups or scale.warmups):
+    for lr, share in _tried(setting, scale, n, found, warmups):
         arm = fixed_arm(setting, scale, n, share)(lr)
         runs[lr, share] = own = [labelled("final", setting, scale, arm, seed, n) for seed in seeds]
         if not any(row["diverged"] for run in own if (row := found.get(run)) is not None):
@@ -44,14 +58,14 @@ def reported(
     return runs
 
 
-def _tried(setting: Setting, scale: Scale, n: int, found: Found, warmups: Sequence[float]) -> list[Tuned]:
+def _tried(setting: Setting, scale: Scale, n: int, found: Found, warmups: Sequence[float] | None = None) -> list[Tuned]:
     """Best first; empty before all are."""
-    by_share = {share: fixed_searches(setting, scale, share) for share in warmups}
-    return list(together({share: searches[n] for share, searches in by_share.items() if n in searches}, found))
+    searches = searched(setting, scale, n, found)
+    return list(together({share: own for share, own in searches.items() if warmups is None or share in warmups}, found))
 
 
 def ranked(setting: Setting, scale: Scale, n: int, found: Found) -> list[Tuned]:
-    """What a fixed batch takes once it is tuned, and reported so far, and what it would take next."""
-    takes = next(reversed(reported(setting, scale, n, range(scale.seeds), found)))
-    tried = _tried(setting, scale, n, found, scale.warmups)
-    return tried[tried.index(takes) :]
+    """What a fixed batch takes once it is tuned, and reported so far, and what it would take next; empty before."""
+    takes = list(reported(setting, scale, n, range(scale.seeds), found))[-1:]
+    tried = _tried(setting, scale, n, found)
+    return [own for one in takes for own in tried[tried.index(one) :]]

@@ -49,9 +49,10 @@ class Scale(sweep.Scale):
     long_rates: tuple[float, ...] = LONG_RATES
 
     @property
-    def warmups(self) -> tuple[float, ...]:
-        """Shares of the examples that a fixed batch may warm up over."""
-        return (0.0, WARMUP, *self.long_warmups)
+    def grids(self) -> dict[float, tuple[tuple[int, ...], tuple[float, ...]]]:
+        """By the share of the examples that a fixed batch may warm up over: which may, and at which rates."""
+        longer = dict.fromkeys(self.long_warmups, (self.long_batches, self.long_rates))
+        return {0.0: (self.batches, self.rates), WARMUP: (self.warm_batches, self.warm_rates), **longer}
 
 
 SCALES: dict[str, Scale] = {
@@ -70,7 +71,8 @@ class Setting:
             branches are normalised, made trainable.
         data: Data set; None: the preset's home.
         rate: Of the learning rate.
-        whole: Whether all arms are run, or those of :data:`FEW`.
+        whole: Whether fixed batches have a grid of their own and all arms are run, or those of :data:`FEW` beside
+            fixed batches whose rates are looked for from those at home.
     """
 
     network: str
@@ -90,6 +92,9 @@ class Setting:
         if self.rate == "decaying":
             return Decay(scale.examples, warmup * scale.examples)
         return Warmup(warmup * scale.examples) if warmup else Constant()
+
+
+HOME = Setting("calm", whole=True)
 
 
 @dataclass(frozen=True)
