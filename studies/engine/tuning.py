@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -137,6 +137,11 @@ class Search:
 
     def _best(self, rates: tuple[float, ...], found: Found) -> float | None:
         return best_of(rates, [found.get(run) for lr in rates for run in self.runs(lr)])
+
+
+def planned(searches: Iterable[Mapping[float, Search]], found: Found) -> Iterator[Run]:
+    """The runs of several methods' searches, of each by what tells them apart, as in :func:`together`."""
+    return (run for own in searches for search in own.values() for run in search.planned(found))
 
 
 def together(searches: Mapping[float, Search], found: Found) -> dict[tuple[float, float], float]:

@@ -41,6 +41,7 @@ from studies.engine.arms import Arm
 from studies.engine.results import read_table
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
+from studies.engine.tuning import planned
 from studies.output.statistics import Interval, first_crossing
 from studies.output.style import KINDS, STYLE, kind, save
 from studies.questions import comparison, live
@@ -74,8 +75,7 @@ def decaying(options: Options, found: Found) -> Iterator[Run]:
     """The live study's arms with every budget, once it has found their rates; until then what finds them."""
     scale, setting = live.SCALES[options.preset], live.SETTINGS[0]
     searches = {n: live.searched(setting, scale, n, found) for n in DECAYED}
-    waiting = [run for own in searches.values() for each in own.values() for run in each.planned(found)]
-    waiting = [run for run in waiting if run not in found]
+    waiting = [run for run in planned(searches.values(), found) if run not in found]
     if waiting:
         yield from waiting
         return

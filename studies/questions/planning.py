@@ -64,7 +64,7 @@ from studies.engine.metering import KEPT, NONE, Branches, measured
 from studies.engine.results import load, read_table, write_atomically
 from studies.engine.runner import Run, provenance
 from studies.engine.sweep import Found, Options, Study
-from studies.engine.tuning import Search
+from studies.engine.tuning import Search, planned
 from studies.output import predictions
 from studies.output.fronts import BEFORE
 from studies.output.plan_figure import draw_plans
@@ -201,8 +201,7 @@ def plan(options: Options, found: Found) -> list[Run]:
     runs: list[Run] = []
     for subject in subjects(options):
         if not subject.waits:
-            searches = (each for n in subject.batches for each in subject.searches(n, found).values())
-            runs += [run for search in searches for run in search.planned(found)]
+            runs += planned((subject.searches(n, found) for n in subject.batches), found)
         if all(subject.ranked(n, found) for n in subject.batches):
             runs += _swept(subject, range(options.seeds or SEEDS[options.preset]), found)
     return runs

@@ -65,7 +65,7 @@ from studies.engine.arms import Arm
 from studies.engine.reduce import recorded_steps
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
-from studies.engine.tuning import together
+from studies.engine.tuning import planned, together
 from studies.output.front_figure import figure_of
 from studies.output.fronts import (
     BEFORE,
@@ -161,9 +161,7 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     searches = {n: searched(setting, scale, n, found) for n in scale.batches}
-    for own in searches.values():
-        for each in own.values():
-            yield from each.planned(found)
+    yield from planned(searches.values(), found)
     fixed = [list(reported(setting, scale, n, seeds, found).values()) for n in searches]
     if not all(fixed):
         return
@@ -199,8 +197,7 @@ def _tuned(method: Method, setting: Setting, scale: Scale, seeds: range, found: 
     searches = {0.0: search(setting, scale, name, make)}
     for share in scale.long_warmups if method.label == PRIMARY else ():
         searches[share] = search(setting, scale, name, partial(make, share=share), rates=TUNED_RATES)
-    for each in searches.values():
-        yield from each.planned(found)
+    yield from planned([searches], found)
     if means := together(searches, found):
         best = make(*min(means, key=means.__getitem__))
         yield from (labelled("final", setting, scale, best, seed) for seed in seeds)

@@ -57,7 +57,7 @@ from studies.engine.arms import Arm
 from studies.engine.results import load
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
-from studies.engine.tuning import Search
+from studies.engine.tuning import Search, planned
 from studies.output.front_figure import figure_of
 from studies.output.fronts import BEFORE, against_earlier, bootstrapped, claim_row, compare_tasks, feedback
 from studies.output.opening import noisier, opening_noise, openings, warm_up
@@ -137,9 +137,7 @@ def plan(options: Options, found: Found) -> list[Run]:
 
 def _setting(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     searches = {n: searched(setting, scale, n, found) for n in scale.batches}
-    for own in searches.values():
-        for each in own.values():
-            yield from each.planned(found)
+    yield from planned(searches.values(), found)
     chosen = {n: best for n in searches if (best := tuned(setting, scale, n, found)) is not None}
     usual = {n: best for n, own in searches.items() if 0.0 in own and (best := best_of_all({0.0: own[0.0]}, found))}
     start = searched(setting, scale, START, found)[0.0].first(found)
@@ -162,9 +160,7 @@ def _reported(
 def _longer(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     """L2: a longer budget of fixed batches, tuned at 4 million, and of the arms it asks of, as at one million."""
     batches = [n for n in LONGER_BATCHES if n in scale.batches]
-    for n in batches:
-        for each in searched(MIDDLE, scale, n, found).values():
-            yield from each.planned(found)
+    yield from planned((searched(MIDDLE, scale, n, found) for n in batches), found)
     chosen = {n: best for n in batches if (best := tuned(MIDDLE, scale, n, found)) is not None}
     start = searched(SMALL, scale, START, found)[0.0].first(found)
     own = best_of_all(_searches(SMALL, scale), found)
@@ -193,8 +189,7 @@ def _controls(setting: Setting, scale: Scale, seeds: range, found: Found) -> Ite
 def _tuned(setting: Setting, scale: Scale, seeds: range, found: Found) -> Iterator[Run]:
     """L6: the primary arm, as much of it tuned as of a fixed batch."""
     searches = _searches(setting, scale)
-    for search in searches.values():
-        yield from search.planned(found)
+    yield from planned([searches], found)
     if (best := best_of_all(searches, found)) is not None:
         yield from (labelled("final", setting, scale, _tuned_arm(setting, scale, *best), seed) for seed in seeds)
 
