@@ -156,7 +156,7 @@ def beside(rate: float, factor: float = math.sqrt(2)) -> tuple[float, float]:
     """The two rates that factor away, root two unless told, to three digits.
 
     Example:
-        >>> beside(8e-3), beside(4.53e-2, 2.0)
-        ((0.00566, 0.0113), (0.0227, 0.0906))
+        >>> beside(8e-3), beside(2e-2, 2.0)
+        ((0.00566, 0.0113), (0.01, 0.04))
     """
     return float(f"{rate / factor:.3g}"), float(f"{rate * factor:.3g}")
