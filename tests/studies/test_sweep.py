@@ -29,9 +29,10 @@ from studies.engine.results import ResultsError, read_table, write_atomically
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
 from studies.engine.training import Task, score, train
-from studies.engine.tuning import Range, Search, trials
+from studies.engine.tuning import Range, Search, beside, together, trials
 from studies.questions import catalogue, comparison, depth, live, origin, planning, transformer
 from studies.questions.overhead.accuracy import exact_moments, network_and_examples
+from studies.questions.transformer.setting import carried
 
 STUDIES = catalogue()
 ROOT = Path(__file__).parents[2]
@@ -436,17 +437,35 @@ def test_the_transformer_goes_on_to_all_its_budgets(tmp_path):
     fixed = final[(final["method"] == "fixed 2048") & (final["order"] == "pre")]
     assert fixed["warmup"].tolist() == pytest.approx([0.7, 0.7, 0.7])
     longer = runs[runs["millions"] == 4]
-    tried = longer[(longer["stage"] == "tune") & (longer["method"] == "fixed 2048")]
-    assert {(row["lr"], round(row["warmup"], 3)) for row in tried.to_dict("records")} == {
-        *((lr, 0.7) for lr in (4e-3, 5.66e-3, 8e-3)),
-        (5.66e-3, 0.5),
-    }
-    own = longer[(longer["stage"] == "final") & (longer["fixed"] == 0)].set_index("method")
-    assert set(own.index) == {*transformer.PRIMARY, transformer.TUNED}
-    before = final[(final["millions"] == 1) & (final["order"] == "pre")].set_index("method")
-    for arm in own.index:
-        assert own.loc[arm, "lr"] == before.loc[arm, "lr"]
-    assert own.loc[transformer.TUNED, "warmup"] == pytest.approx(before.loc[transformer.TUNED, "warmup"])
+    for method in ("fixed 2048", transformer.TUNED):
+        tried = longer[(longer["stage"] == "tune") & (longer["method"] == method)]
+        lr = final[(final["method"] == method) & (final["millions"] == 1) & (final["order"] == "pre")]["lr"].iloc[0]
+        pairs = {(row["lr"], round(row["warmup"], 3)) for row in tried.to_dict("records")}
+        assert pairs == {*((rate, 0.7) for rate in (*beside(lr), lr)), (lr, 0.5)}
+    own = longer[(longer["stage"] == "final") & (longer["fixed"] == 0)]
+    assert set(own["method"]) == {*transformer.PRIMARY, transformer.TUNED}
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.3, 0.1, 0.0])
+def test_a_longer_budget_has_shorter_warm_ups_to_choose(tmp_path, share):
+    """Each is tried while shorter is better; at the best one the rates beside are tried as well."""
+    found, scale = Found(tmp_path), transformer.SCALES["laptop"]
+    task = comparison.task("calm", "digits", comparison.SCALES["smoke"])
+
+    def runs(lr: float, at: float) -> list[Run]:
+        return [Run("toy", task, Arm("fixed", ab.Fixed(2), lr, Warmup(1.0 + at)), 0)]
+
+    tried = set()
+    for _ in range(20):
+        searches = carried((8e-3, 0.7), runs, scale, found)
+        for at, search in searches.items():
+            for run in search.planned(found):
+                tried.add((run.arm.lr, at))
+                off = abs(math.log(run.arm.lr / (8e-3 if at == 0.7 else 5.66e-3)))
+                found.rows.setdefault(run.key, {"final": 2.0 + 0.1 * off + abs(at - share)})
+    best = next(iter(together(searches, found)))
+    assert best == ((8e-3, 0.7) if share == 0.7 else (5.66e-3, share))
+    assert {at for _, at in tried} == {at for at in (0.7, 0.5, 0.3, 0.1, 0.0) if at >= share - 0.21}
 
 
 def test_a_rate_that_was_tried_is_not_tried_again_for_its_third_digit(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +27,8 @@ RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 LONG_WARMUPS = (0.3, 0.5, 0.7)
 LONG_BATCHES = BATCHES[1:]
 LONG_RATES = (5.66e-3, 8e-3)
+# A share that longer budgets have to choose too: there the usual warm-up is shorter.
+TENTH = 0.1
 # Three decades, for the role of the warm-up.
 WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -108,9 +111,8 @@ def fixed_run(setting: Setting, scale: Scale, n: int, own: Tuned, seed: int) -> 
 def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float, Search]:
     """For the rate of a fixed batch, by the share of its warm-up, 0 for the usual one.
 
-    At one million a grid, and longer warm-ups for some batches; for longer budgets the best of these and the rates
-    beside it (where one of these is better, that beyond it too), and the next shorter warm-up; none while the best is
-    not known.
+    At one million a grid, and longer warm-ups for some batches; for longer budgets what :func:`carried` gives from the
+    best of these, none while that is not known.
     """
 
     def runs(lr: float, share: float) -> list[Run]:
@@ -119,17 +121,43 @@ def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float
 
     if setting.millions != 1:
         best = tuned(SMALL, scale, n, found)
-        if best is None:
-            return {}
-        lr, share = best
-        shorter = [each for each in (0.0, *scale.long_warmups) if each < share][-1:]
-        return {share: Search((lr, *beside(lr)), partial(runs, share=share))} | {
-            each: Search((lr,), partial(runs, share=each), refined=False) for each in shorter
-        }
+        return {} if best is None else carried(best, runs, scale, found)
     longer = scale.long_warmups if n in LONG_BATCHES else ()
     return {0.0: Search(scale.rates, partial(runs, share=0.0))} | {
         share: Search(LONG_RATES, partial(runs, share=share)) for share in longer
     }
+
+
+def carried(best: Tuned, runs: Callable[[float, float], list[Run]], scale: Scale, found: Found) -> dict[float, Search]:
+    """From what is best at a shorter budget: the rates beside it, then shorter warm-ups, at the best rate beside again.
+
+    Args:
+        best: Rate and share there.
+        runs: Those of a rate and a share, one a seed.
+        scale: Whose shares are tried, and a tenth.
+        found: What is finished.
+    """
+
+    def at(share: float, *rates: float, refined: bool = False) -> Search:
+        return Search(rates, lambda lr: runs(lr, share), refined)
+
+    lr, share = best
+    searches = {share: at(share, lr, *beside(lr), refined=True)}
+    rate, means = searches[share].best(found), together(searches, found)
+    for shorter in sorted({0.0, TENTH, *scale.long_warmups}, reverse=True):
+        if rate is None or shorter >= share:
+            continue
+        searches[shorter] = at(shorter, rate)
+        one = together({shorter: searches[shorter]}, found)
+        if not one or min(one.values()) > min(means.values()):
+            # The shortest that is tried is not finished, or no better.
+            break
+        means |= one
+    if rate is not None and together(searches, found):
+        _, chosen = min(means, key=means.__getitem__)
+        if chosen != share:
+            searches[chosen] = at(chosen, rate, *beside(rate))
+    return searches
 
 
 def tuned(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned | None:
