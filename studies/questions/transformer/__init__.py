@@ -20,7 +20,7 @@ What changed after runs had been seen, in the frontier's favour: with the usual 
 more are tuned with warm-ups over 30, 50 and 70 % as well, and take the best. Before any run at 4 million: fewer fixed
 batches there (at 1 million the five give 1.06, 1.05 and 0.84 for the arms of L2, where all eight give 1.06, 1.04 and
 0.84), the next shorter warm-up, and L2 of the tuned arm too, which gains most. The first tuning runs there found that
-one better by 1 to 2 % for each of 1,024 to 4,096: what is best as a share falls with the budget. So, before any final
+one better by 0.6 to 2 % for each of 1,024 to 4,096: what is best as a share falls with the budget. So, before any final
 run, it goes on to shorter ones, a tenth among them, and the tuned arm is tuned again as fixed batches are.
 
 Registered before its runs, after pilots of one or two seeds that are not among the results:
