@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -150,6 +150,48 @@ def together(searches: Mapping[float, Search], found: Found) -> dict[tuple[float
         return {}
     means = {(lr, key): mean for key, search in searches.items() for lr, mean in search.means(found).items()}
     return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def carried(
+    best: tuple[float, float],
+    search: Callable[[float, tuple[float, ...]], Search],
+    shares: Sequence[float],
+    found: Found,
+) -> dict[float, Search]:
+    """From what is best elsewhere: rates around it, then shorter and longer warm-ups while they are better.
+
+    What is best as a share of one budget, or of one task, is not of another: at the best share the rates beside are
+    tried once more.
+
+    Args:
+        best: Rate and share elsewhere.
+        search: For the rate at a share, over a grid.
+        shares: That there are to choose.
+        found: What is finished.
+
+    Returns:
+        The searches that can be named by now, by share.
+    """
+    lr, share = best
+    low, high = beside(lr)
+    searches = {share: replace(search(share, (low, lr, high)), climbs=True)}
+    rate, means = searches[share].best(found), together(searches, found)
+    if rate is None:
+        return searches
+    for side in (sorted((s for s in shares if s < share), reverse=True), sorted(s for s in shares if s > share)):
+        nearest = means[rate, share]
+        for each in side:
+            searches[each] = replace(search(each, (rate,)), refined=False)
+            one = together({each: searches[each]}, found)
+            # Not finished, or no better.
+            if not one or one[rate, each] > nearest:
+                break
+            means, nearest = means | one, one[rate, each]
+    if together(searches, found):
+        _, chosen = min(means, key=means.__getitem__)
+        if chosen != share:
+            searches[chosen] = replace(search(chosen, (rate, *beside(rate))), refined=False)
+    return searches
 
 
 def beside(rate: float, factor: float = math.sqrt(2)) -> tuple[float, float]:

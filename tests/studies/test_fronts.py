@@ -247,9 +247,9 @@ class TestWhatIsReported:
                 off = abs(np.log(run.arm.lr / best[0])) + 0.01 * abs(share - best[1])
                 found.rows[run.key] = {"final": off, "diverged": False}
                 rates.add(run.arm.lr)
-        assert live.ranked(away, scale, 128, found)[0] == pytest.approx(best)
-        assert min(rates) >= min(4e-3, best[0] / 2)
-        assert max(rates) <= max(1.6e-2, 2 * best[0])
+        assert live.ranked(away, scale, 128, found)[0] == pytest.approx(best, rel=0.01)
+        assert min(rates) >= min(4e-3, best[0] / 3)
+        assert max(rates) <= max(1.6e-2, 3 * best[0])
 
     def test_away_from_home_nothing_is_looked_for_before_home_is_tuned(self):
         away = live.Setting("noisy scaled")

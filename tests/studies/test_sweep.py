@@ -29,10 +29,9 @@ from studies.engine.results import ResultsError, read_table, write_atomically
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, Where, carry_out, collect
 from studies.engine.training import Task, score, train
-from studies.engine.tuning import Range, Search, beside, together, trials
+from studies.engine.tuning import Range, Search, beside, carried, together, trials
 from studies.questions import catalogue, comparison, depth, live, origin, planning, transformer
 from studies.questions.overhead.accuracy import exact_moments, network_and_examples
-from studies.questions.transformer.setting import carried
 
 STUDIES = catalogue()
 ROOT = Path(__file__).parents[2]
@@ -446,26 +445,46 @@ def test_the_transformer_goes_on_to_all_its_budgets(tmp_path):
     assert set(own["method"]) == {*transformer.PRIMARY, transformer.TUNED}
 
 
+@pytest.mark.parametrize("start", [0.7, 0.3, 0.0])
 @pytest.mark.parametrize("share", [0.7, 0.5, 0.3, 0.1, 0.0])
-def test_a_longer_budget_has_shorter_warm_ups_to_choose(tmp_path, share):
-    """Each is tried while shorter is better; at the best one the rates beside are tried as well."""
-    found, scale = Found(tmp_path), transformer.SCALES["laptop"]
+def test_what_is_best_elsewhere_is_where_the_search_begins(tmp_path, start, share):
+    """Warm-ups are tried while they are better; at the best of them the rates beside are tried as well."""
+    found, shares = Found(tmp_path), (0.0, 0.1, 0.3, 0.5, 0.7)
     task = comparison.task("calm", "digits", comparison.SCALES["smoke"])
 
-    def runs(lr: float, at: float) -> list[Run]:
-        return [Run("toy", task, Arm("fixed", ab.Fixed(2), lr, Warmup(1.0 + at)), 0)]
+    def over(at: float, rates: tuple[float, ...]) -> Search:
+        return Search(rates, lambda lr: [Run("toy", task, Arm("fixed", ab.Fixed(2), lr, Warmup(1.0 + at)), 0)])
 
-    tried = set()
+    tried: dict[float, set[float]] = {}
     for _ in range(20):
-        searches = carried((8e-3, 0.7), runs, scale, found)
-        for at, search in searches.items():
+        for at, search in carried((8e-3, start), over, shares, found).items():
             for run in search.planned(found):
-                tried.add((run.arm.lr, at))
-                off = abs(math.log(run.arm.lr / (8e-3 if at == 0.7 else 5.66e-3)))
+                tried.setdefault(at, set()).add(run.arm.lr)
+                off = abs(math.log(run.arm.lr / (8e-3 if at == start else 5.66e-3)))
                 found.rows.setdefault(run.key, {"final": 2.0 + 0.1 * off + abs(at - share)})
-    best = next(iter(together(searches, found)))
-    assert best == ((8e-3, 0.7) if share == 0.7 else (5.66e-3, share))
-    assert {at for _, at in tried} == {at for at in (0.7, 0.5, 0.3, 0.1, 0.0) if at >= share - 0.21}
+    searches = carried((8e-3, start), over, shares, found)
+    assert next(iter(together(searches, found))) == (8e-3 if share == start else 5.66e-3, share)
+    # One beyond the best in its direction, one in the other.
+    low, high = sorted((shares.index(start), shares.index(share)))
+    assert set(tried) == set(shares[max(0, low - 1) : high + 2])
+    assert {at for at, rates in tried.items() if len(rates) > 1} == {start, share}
+
+
+def test_where_all_rates_diverge_the_search_goes_down(tmp_path):
+    """Until one at which it does not: a rate of the calm network may be far too high for another."""
+    found = Found(tmp_path)
+    task = comparison.task("calm", "digits", comparison.SCALES["smoke"])
+
+    def over(at: float, rates: tuple[float, ...]) -> Search:
+        return Search(rates, lambda lr: [Run("toy", task, Arm("fixed", ab.Fixed(2), lr), 0)])
+
+    for _ in range(20):
+        for search in carried((8e-3, 0.0), over, (0.0,), found).values():
+            for run in search.planned(found):
+                lr = run.arm.lr
+                found.rows[run.key] = {"final": math.inf if lr > 1e-3 else abs(math.log(lr / 6e-4))}
+    ((lr, _), final), *_ = together(carried((8e-3, 0.0), over, (0.0,), found), found).items()
+    assert final <= math.log(2.0) / 4
 
 
 def test_a_rate_that_was_tried_is_not_tried_again_for_its_third_digit(tmp_path):

@@ -31,9 +31,9 @@ What the plan was, and what changed after runs had been seen, always in the fron
   that does takes its next best rate (its runs are of stage ``diverged``), which an adaptive arm does not.
 * A pilot (one tuning seed) of longer warm-ups, of 20 and 40 %, found 31.9 for fixed 192 with either, against 32.7 with
   5 %: as much as the gain that had been reported. So 64 to 1024 are tuned with these too, and so is V4's primary arm.
-* At home that is 7 or 20 trials a batch. Before any run elsewhere (V6's other networks and data): there a batch tries
-  what is best for it at home, half and double that rate and on from there while one at an end is better, the two beside
-  the best, and at that the next shorter and the next longer warm-up (:func:`searched`).
+* At home that is 7 or 20 trials a batch. Before any run elsewhere (V6's other networks and data): there a batch is
+  tuned from what is best for it at home (:func:`studies.engine.tuning.carried`), the rates around it, on while one at
+  an end is better, and shorter and longer warm-ups while they are better.
 
 Registered before its runs, after pilots of one to three seeds that are not among the results:
 

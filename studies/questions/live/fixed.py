@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import adaptbatch as ab
 from studies.engine.arms import Arm
 from studies.engine.runner import Run
 from studies.engine.sweep import Found
-from studies.engine.tuning import Search, beside, together
+from studies.engine.tuning import Search, carried, together
 from studies.questions.live.setting import HOME, PASS, Scale, Setting, Tuned, labelled, search
 
 
@@ -22,8 +21,8 @@ def fixed_arm(setting: Setting, scale: Scale, n: int, warmup: float = 0.0) -> Ca
 def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float, Search]:
     """For the rate of a fixed batch, by the share of the examples over which it warms up.
 
-    Grids, or where a setting has none what is best at home, its half and its double, and on from there while one at an
-    end is better; at the best of these the next shorter and the next longer warm-up. None while home is not tuned.
+    Grids, or where a setting has none what :func:`studies.engine.tuning.carried` gives from what is best at home, none
+    while that is not known.
     """
 
     def over(share: float, rates: tuple[float, ...]) -> Search:
@@ -33,13 +32,8 @@ def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float
     grids = {share: rates for share, (batches, rates) in scale.grids.items() if n in batches}
     if setting.whole:
         return {share: over(share, rates) for share, rates in grids.items()}
-    for lr, share in _tried(HOME, scale, n, found)[:1]:
-        half, double = beside(lr, 2.0)
-        nearest = replace(over(share, (half, lr, double)), climbs=True)
-        best, at, shares = nearest.best(found), list(grids).index(share), list(grids)
-        others = shares[max(0, at - 1) : at] + shares[at + 1 : at + 2]
-        return {share: nearest} | {each: replace(over(each, (best,)), refined=False) for each in others if best}
-    return {}
+    best = _tried(HOME, scale, n, found)
+    return carried(best[0], over, list(grids), found) if best else {}
 
 
 def reported(

@@ -5,10 +5,10 @@ text split by books, AdamW, a learning rate that warms up over a tenth of a mill
 zero. Everything is counted in characters, which are the weights of the micro-batches too: 256 in each. Budgets of 1, 4
 and 16 million. Fixed batches of 256 to 8,192, each at its own tuned rate: on three seeds of their own a grid of five
 and the two beside its best (:class:`studies.engine.tuning.Search`). Longer budgets have the fixed batches of 1,024 to
-8,192 and the arms of L2, at 4 million tuned from the best at 1 million (:func:`.setting.carried`): the two rates beside
-it (where one of these is better, that beyond it too), shorter warm-ups while they are better, and the rates beside at
-the best of these; at 16 million the best at 4 million. Reported: the loss on the test books at the end of training, on
-eight fresh seeds (16 million: three).
+8,192 and the arms of L2, at 4 million tuned from the best at 1 million (:func:`studies.engine.tuning.carried`): the
+rates around it, shorter and longer warm-ups while they are better, and the rates beside at the best of these; at 16
+million the best at 4 million. Reported: the loss on the test books at the end of training, on eight fresh seeds (16
+million: three).
 
 Arms and comparison are those of :mod:`studies.questions.live`: the *updates ratio* to the frontier of fixed batches at
 equal examples and equal loss. No batch of an adaptive arm is tuned: it starts at two micro-batches, 512 characters, at
@@ -59,7 +59,7 @@ from studies.engine.arms import Arm
 from studies.engine.results import load
 from studies.engine.runner import Run
 from studies.engine.sweep import Found, Options, Study, from_runs
-from studies.engine.tuning import Search, planned
+from studies.engine.tuning import Search, carried, planned
 from studies.output.front_figure import figure_of
 from studies.output.fronts import BEFORE, against_earlier, bootstrapped, claim_row, compare_tasks, feedback
 from studies.output.opening import noisier, opening_noise, openings, warm_up
@@ -82,11 +82,11 @@ from studies.questions.transformer.setting import (
     Setting,
     adaptive_arm,
     best_of_all,
-    carried,
     fixed_run,
     labelled,
     ranked,
     searched,
+    trials,
     tuned,
 )
 
@@ -165,7 +165,7 @@ def _longer(setting: Setting, scale: Scale, seeds: range, found: Found) -> Itera
     batches = [n for n in LONGER_BATCHES if n in scale.batches]
     own = best_of_all(_searches(SMALL, scale), found)
     searches = {n: searched(MIDDLE, scale, n, found) for n in batches}
-    led = {} if own is None else carried(own, partial(_tuning, MIDDLE, scale), scale, found)
+    led = {} if own is None else carried(own, partial(_search, MIDDLE, scale), scale.longer_shares, found)
     yield from planned((*searches.values(), led), found)
     chosen = {n: best for n in batches if (best := tuned(MIDDLE, scale, n, found)) is not None}
     start, best = searched(SMALL, scale, START, found)[0.0].first(found), best_of_all(led, found)
@@ -206,13 +206,13 @@ def _tuned_arm(setting: Setting, scale: Scale, lr: float, share: float) -> Arm:
 
 def _searches(setting: Setting, scale: Scale) -> dict[float, Search]:
     """For the primary arm's rate, by the share of its warm-up."""
-    runs, shares = partial(_tuning, setting, scale), (0.0, *scale.long_warmups)
-    return {share: Search(ARM_RATES, partial(runs, share=share), refined=False) for share in shares}
+    return {
+        share: replace(_search(setting, scale, share, ARM_RATES), refined=False) for share in (0.0, *scale.long_warmups)
+    }
 
 
-def _tuning(setting: Setting, scale: Scale, lr: float, share: float) -> list[Run]:
-    arm = _tuned_arm(setting, scale, lr, share)
-    return [labelled("tune", setting, scale, arm, seed) for seed in scale.tuning_seeds]
+def _search(setting: Setting, scale: Scale, share: float, rates: tuple[float, ...]) -> Search:
+    return Search(rates, lambda lr: trials(setting, scale, _tuned_arm(setting, scale, lr, share)))
 
 
 def _warming(setting: Setting, scale: Scale) -> Iterator[Run]:
@@ -257,7 +257,7 @@ def tables(runs: pd.DataFrame, curves: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def claims(table: pd.DataFrame) -> list[dict[str, object]]:
-    """L1, L2, L4 and L5."""
+    """L1, L2, L4, L5 and L6."""
     rows: list[dict[str, object]] = []
     own = table[table["arm"].isin(PRIMARY)]
     for row in own.to_dict("records"):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import adaptbatch as ab
 from studies.engine.arms import Arm, Decay, Schedule
 from studies.engine.language import LanguageTask, Order
 from studies.engine.runner import Run
 from studies.engine.sweep import TUNING_SEEDS, Found
-from studies.engine.tuning import Search, beside, together
+from studies.engine.tuning import Search, carried, together
 from studies.questions.live import Method, Tuned
 
 NAME = "transformer"
@@ -27,8 +25,6 @@ RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 LONG_WARMUPS = (0.3, 0.5, 0.7)
 LONG_BATCHES = BATCHES[1:]
 LONG_RATES = (5.66e-3, 8e-3)
-# A share that longer budgets have to choose too: there the usual warm-up is shorter.
-TENTH = 0.1
 # Three decades, for the role of the warm-up.
 WIDE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -46,6 +42,11 @@ class Scale:
     wide_rates: tuple[float, ...] = WIDE_RATES
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     long_warmups: tuple[float, ...] = LONG_WARMUPS
+
+    @property
+    def longer_shares(self) -> tuple[float, ...]:
+        """Shares that longer budgets have to choose: there the usual warm-up is less than a tenth."""
+        return (0.0, 0.1, *self.long_warmups)
 
 
 SCALES: dict[str, Scale] = {
@@ -111,53 +112,23 @@ def fixed_run(setting: Setting, scale: Scale, n: int, own: Tuned, seed: int) -> 
 def searched(setting: Setting, scale: Scale, n: int, found: Found) -> dict[float, Search]:
     """For the rate of a fixed batch, by the share of its warm-up, 0 for the usual one.
 
-    At one million a grid, and longer warm-ups for some batches; for longer budgets what :func:`carried` gives from the
-    best of these, none while that is not known.
+    At one million a grid, and longer warm-ups for some batches; for longer budgets what
+    :func:`studies.engine.tuning.carried` gives from the best of these, none while that is not known.
     """
 
-    def runs(lr: float, share: float) -> list[Run]:
-        arm = fixed_arm(setting, scale, n, lr, share)
-        return [labelled("tune", setting, scale, arm, seed, n) for seed in scale.tuning_seeds]
+    def over(share: float, rates: tuple[float, ...]) -> Search:
+        return Search(rates, lambda lr: trials(setting, scale, fixed_arm(setting, scale, n, lr, share), n))
 
     if setting.millions != 1:
         best = tuned(SMALL, scale, n, found)
-        return {} if best is None else carried(best, runs, scale, found)
+        return {} if best is None else carried(best, over, scale.longer_shares, found)
     longer = scale.long_warmups if n in LONG_BATCHES else ()
-    return {0.0: Search(scale.rates, partial(runs, share=0.0))} | {
-        share: Search(LONG_RATES, partial(runs, share=share)) for share in longer
-    }
+    return {0.0: over(0.0, scale.rates)} | {share: over(share, LONG_RATES) for share in longer}
 
 
-def carried(best: Tuned, runs: Callable[[float, float], list[Run]], scale: Scale, found: Found) -> dict[float, Search]:
-    """From what is best at a shorter budget: the rates beside it, then shorter warm-ups, at the best rate beside again.
-
-    Args:
-        best: Rate and share there.
-        runs: Those of a rate and a share, one a seed.
-        scale: Whose shares are tried, and a tenth.
-        found: What is finished.
-    """
-
-    def at(share: float, *rates: float, refined: bool = False) -> Search:
-        return Search(rates, lambda lr: runs(lr, share), refined)
-
-    lr, share = best
-    searches = {share: at(share, lr, *beside(lr), refined=True)}
-    rate, means = searches[share].best(found), together(searches, found)
-    for shorter in sorted({0.0, TENTH, *scale.long_warmups}, reverse=True):
-        if rate is None or shorter >= share:
-            continue
-        searches[shorter] = at(shorter, rate)
-        one = together({shorter: searches[shorter]}, found)
-        if not one or min(one.values()) > min(means.values()):
-            # The shortest that is tried is not finished, or no better.
-            break
-        means |= one
-    if rate is not None and together(searches, found):
-        _, chosen = min(means, key=means.__getitem__)
-        if chosen != share:
-            searches[chosen] = at(chosen, rate, *beside(rate))
-    return searches
+def trials(setting: Setting, scale: Scale, arm: Arm, batch: int = 0) -> list[Run]:
+    """An arm's runs on the tuning seeds."""
+    return [labelled("tune", setting, scale, arm, seed, batch) for seed in scale.tuning_seeds]
 
 
 def tuned(setting: Setting, scale: Scale, n: int, found: Found) -> Tuned | None:
